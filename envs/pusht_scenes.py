@@ -1,0 +1,155 @@
+"""Push-T pictures from known states: random scenes to learn to see, and the images of recorded episodes.
+
+``render_parallel`` draws states with several processes; ``ensure_images`` keeps an image copy of a data set that
+stores states and actions only; ``ensure_scenes`` makes independent random scenes for ``python -m policy.pretrain``.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import zarr
+from tqdm import tqdm
+
+from envs.pusht import WORLD_SIZE, keypoints, render_states
+
+AGENT_RADIUS = 15.0  # px
+GOAL_POSE = np.array([256.0, 256.0, np.pi / 4])  # x px, y px, angle rad
+CHUNK = 256  # frames rendered at once and stored together
+
+
+def sample_states(count, rng):
+    """Independent plausible states (count, 5): a third of the blocks near the goal, half of the agents near the block.
+
+    The agent never overlaps the block by more than a pixel, as the physics would not allow it.
+    """
+    near_goal = rng.random(count) < 1 / 3
+    anywhere = np.column_stack([rng.uniform(60, 452, (count, 2)), rng.uniform(-np.pi, np.pi, count)])
+    around = GOAL_POSE + rng.normal(size=(count, 3)) * [25.0, 25.0, 0.3]
+    blocks = np.where(near_goal[:, None], around, anywhere)
+    blocks[:, 2] %= 2 * np.pi
+    agents = np.full((count, 2), np.nan)
+    touching = rng.random(count) < 0.5
+    while (todo := np.flatnonzero(np.isnan(agents[:, 0]))).size:
+        near = touching[todo]
+        draw = np.where(
+            near[:, None],
+            blocks[todo, :2] + rng.uniform(-180, 180, (todo.size, 2)),
+            rng.uniform(10, 502, (todo.size, 2)),
+        )
+        distance = _distance_to_block(draw, blocks[todo])
+        inside = ((draw > 10) & (draw < 502)).all(axis=1)
+        accept = inside & (distance > AGENT_RADIUS - 1) & (~near | (distance < 3 * AGENT_RADIUS))
+        agents[todo[accept]] = draw[accept]
+    return np.column_stack([agents, blocks])
+
+
+def _distance_to_block(points, blocks):
+    """Distance (n,) px of points (n, 2) to the T at blocks (n, 3); 0 inside."""
+    offset = points - blocks[:, :2]
+    cos, sin = np.cos(blocks[:, 2]), np.sin(blocks[:, 2])
+    local = np.column_stack([cos * offset[:, 0] + sin * offset[:, 1], -sin * offset[:, 0] + cos * offset[:, 1]])
+    distances = []
+    for low, high in (([-60, 0], [60, 30]), ([-15, 30], [15, 120])):  # bar and stem, block frame
+        outside = np.maximum(np.maximum(np.array(low) - local, local - np.array(high)), 0)
+        distances.append(np.hypot(*outside.T))
+    return np.minimum(*distances)
+
+
+def _render_chunk(job):
+    states, image_size = job
+    return render_states(states, image_size=image_size)
+
+
+def render_parallel(states, *, image_size, write, processes=None, description="rendering"):
+    """Draw ``states`` (F, 5) with a progress bar; ``write(start, images)`` gets the pictures in order."""
+    starts = range(0, len(states), CHUNK)
+    jobs = [(states[start : start + CHUNK], image_size) for start in starts]
+    processes = processes or min(os.cpu_count() or 1, 8, len(jobs))
+    with (
+        multiprocessing.get_context("spawn").Pool(processes) as pool,
+        tqdm(total=len(states), desc=description, unit="frame", unit_scale=True, leave=False) as bar,
+    ):
+        for start, images in zip(starts, pool.imap(_render_chunk, jobs), strict=True):
+            write(start, images)
+            bar.update(len(images))
+
+
+def _write_rendered(target, arrays, episode_ends, states, image_size, description):
+    """A zarr format 2 folder with ``img`` rendered from ``states``; appears at ``target`` only when complete."""
+    partial = target.with_name(target.name + f".partial{os.getpid()}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        root = zarr.open_group(str(partial), mode="w", zarr_format=2)
+        shape = (len(states), image_size, image_size, 3)
+        images = root.create_array("data/img", shape=shape, chunks=(CHUNK, *shape[1:]), dtype="uint8")
+
+        def write(start, block):
+            images[start : start + len(block)] = block
+
+        render_parallel(states, image_size=image_size, write=write, description=description)
+        for name, values in arrays.items():
+            root.create_array(f"data/{name}", data=values, chunks=(4096, *values.shape[1:]))
+        root.create_array("meta/episode_ends", data=np.asarray(episode_ends, np.int64))
+        if not target.exists():  # another process may have been faster
+            os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def ensure_images(source, *, cache_dir, image_size=96):
+    """Path of a copy of the data set ``source`` that holds images, rendered once and cached under ``cache_dir``.
+
+    A source that already stores ``data/img`` is returned as it is. Raises FileNotFoundError for a missing source
+    and ValueError for one without states.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"data set: got {source}, which does not exist")
+    root = _open_group(source)
+    if "data/img" in root:
+        return source
+    if "data/state" not in root or "data/action" not in root or "meta/episode_ends" not in root:
+        raise ValueError(f"{source}: got a zarr without data/state, data/action and meta/episode_ends")
+    states = root["data/state"][:]
+    action = root["data/action"][:]
+    ends = root["meta/episode_ends"][:]
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (states, action, ends)))
+    target = Path(cache_dir) / f"{source.name.split('.')[0]}_{image_size}px_{digest.hexdigest()[:12]}.zarr"
+    if not target.exists():
+        print(f"rendering {len(states)} frames of {source} once into {target}")
+        arrays = {"state": states, "action": action}
+        _write_rendered(target, arrays, ends, states, image_size, "rendering demonstrations")
+    return target
+
+
+def ensure_scenes(*, cache_dir, frames, seed=0, image_size=96):
+    """Path of a zarr with ``frames`` random scenes: img (F, h, w, 3) uint8 and keypoint (F, 18) in [-1, 1].
+
+    keypoint holds x, y of the eight corners of the T and of the agent, each px / 256 - 1. Every frame is an episode
+    of its own.
+    """
+    if frames < 1:
+        raise ValueError(f"frames: got {frames}, allowed: >= 1")
+    target = Path(cache_dir) / f"pusht_scenes_{frames}_seed{seed}_{image_size}px.zarr"
+    if not target.exists():
+        states = sample_states(frames, np.random.default_rng(seed)).astype(np.float32)
+        print(f"rendering {frames} random scenes once into {target}")
+        arrays = {"state": states, "keypoint": scene_targets(states)}
+        _write_rendered(target, arrays, np.arange(1, frames + 1), states, image_size, "rendering scenes")
+    return target
+
+
+def scene_targets(states):
+    """What a picture should be read as: keypoints (F, 18) float32, px / 256 - 1."""
+    return (keypoints(states).reshape(len(states), -1) / (WORLD_SIZE / 2) - 1).astype(np.float32)
+
+
+def _open_group(path):
+    if path.suffix == ".zip":
+        return zarr.open_group(zarr.storage.ZipStore(str(path), mode="r"), mode="r")
+    return zarr.open_group(str(path), mode="r")

@@ -1,0 +1,1 @@
+"""Commands that measure: rollouts, classification, speed. Here ``policy`` and ``envs`` meet."""

@@ -1,0 +1,57 @@
+"""Attention mechanisms behind one interface; a new one is one file here, one line below and one config."""
+
+import inspect
+
+from policy.attention.fibottention import (
+    FibottentionAttention,
+    fibottention,
+    fibottention_mask,
+    shuffle_heads,
+    wythoff_offsets,
+)
+from policy.attention.softmax import SoftmaxAttention
+from policy.registry import lookup
+
+__all__ = [
+    "build_attention",
+    "fibottention",
+    "fibottention_mask",
+    "list_attentions",
+    "shuffle_heads",
+    "wythoff_offsets",
+]
+
+ATTENTIONS = {"fibottention": FibottentionAttention, "softmax": SoftmaxAttention}
+
+
+def list_attentions():
+    """Names that ``build_attention`` and ``attention=NAME`` accept."""
+    return sorted(ATTENTIONS)
+
+
+def build_attention(name, *, dim, num_heads, num_patches, grid, layer, depth, prefix_tokens, **options):
+    """The attention of one ViT block: a module x (B, P+N, C) -> (B, P+N, C).
+
+    num_patches: N; grid: (rows, columns) of patches; layer: 0-based index of ``depth`` blocks; prefix_tokens: P.
+    Raises ValueError for an unknown name or option, or a grid that does not hold num_patches.
+    """
+    if grid[0] * grid[1] != num_patches:
+        raise ValueError(f"grid: got {tuple(grid)}, allowed: {num_patches} patches in all")
+    geometry = {
+        "dim": dim,
+        "num_heads": num_heads,
+        "num_patches": num_patches,
+        "grid": grid,
+        "layer": layer,
+        "depth": depth,
+        "prefix_tokens": prefix_tokens,
+    }
+    mechanism = lookup("attention", name, ATTENTIONS)
+    parameters = inspect.signature(mechanism).parameters
+    unknown = sorted(set(options) - (set(parameters) - set(geometry)))
+    if unknown:
+        allowed = sorted(set(parameters) - set(geometry))
+        raise ValueError(f"attention {name!r} options: got {', '.join(unknown)}, allowed: {', '.join(allowed)}")
+    # A mechanism names the parts of the geometry that it needs.
+    wanted = {key: value for key, value in geometry.items() if key in parameters}
+    return mechanism(**wanted, **options)

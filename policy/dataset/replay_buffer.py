@@ -1,0 +1,183 @@
+"""Replay buffer: the arrays of a zarr of demonstrations, checked once when opened.
+
+Layout (real-stanford/diffusion_policy): data/<key> (F, ...) and meta/episode_ends (E,), the frame after the last of
+each episode. zarr formats 2 and 3, a directory or a .zip, read alike.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import zarr
+from tqdm import tqdm
+
+STORAGES = ("ram", "mmap")
+BLOCK_BYTES = 64 << 20  # decoded at once, so that a large image array never exists twice
+
+
+class ReplayBuffer:
+    """arrays: {key: (F, ...)}, images uint8 (F, h, w, C); episode_ends: (E,) int64."""
+
+    def __init__(self, arrays, episode_ends, path="memory"):
+        self.arrays = arrays
+        self.path = path
+        self.episode_ends = np.asarray(episode_ends, dtype=np.int64)
+        _check_episode_ends(self.episode_ends, path)
+        for key, array in arrays.items():
+            if len(array) != self.num_frames:
+                raise ValueError(
+                    f"{path}: data/{key}: got {len(array)} frames, allowed: {self.num_frames}, the last episode_ends"
+                )
+
+    @property
+    def num_frames(self):
+        return int(self.episode_ends[-1])
+
+    @property
+    def num_episodes(self):
+        return len(self.episode_ends)
+
+    @classmethod
+    def open(cls, path, sources, *, storage="ram", cache_dir=None):
+        """Read ``sources`` = {key: {"source": zarr array, "shape": per frame, "type": ..., "columns": optional}}.
+
+        type "rgb" arrays come back as uint8 (F, h, w, C), all others as float32; ``columns`` picks entries of the
+        last axis. storage "ram" decodes into memory; "mmap" decodes once into .npy files under ``cache_dir``.
+
+        Raises FileNotFoundError for a missing path; ValueError for anything that is not such a zarr, missing arrays
+        (lists those present), wrong shapes, missing chunks, NaN or inf, or episode_ends that do not increase.
+        """
+        if storage not in STORAGES:
+            raise ValueError(f"storage: got {storage!r}, allowed: {', '.join(STORAGES)}")
+        if storage == "mmap" and cache_dir is None:
+            raise ValueError("storage: got 'mmap' without cache_dir, allowed: mmap with a cache_dir")
+        root = open_zarr(path)
+        if "meta/episode_ends" not in root:
+            raise ValueError(f"{path}: got no meta/episode_ends, allowed: a replay buffer with data/ and meta/")
+        ends = _read_checked(root["meta/episode_ends"], path)
+        arrays, present = {}, sorted(root["data"].array_keys()) if "data" in root else []
+        for key, spec in sources.items():
+            source = spec["source"]
+            if source not in present:
+                raise ValueError(
+                    f"{path}: got no data/{source} for {key!r}, allowed: {', '.join(present) or 'nothing'}"
+                )
+            array = root[f"data/{source}"]
+            _check_shape(array, spec, f"{path}: data/{source}")
+            decode = _decode_image if spec["type"] == "rgb" else _decode_low_dim
+            columns = spec.get("columns")
+            if storage == "mmap":
+                arrays[key] = _memory_map(array, decode, columns, path, cache_dir)
+            else:
+                arrays[key] = _decode_all(array, decode, columns, path)
+        return cls(arrays, ends, path)
+
+
+def open_zarr(path):
+    """The group at ``path`` (directory or .zip); FileNotFoundError or ValueError say what is wrong with it."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"data set: got {path}, which does not exist")
+    try:
+        if path.suffix == ".zip":
+            return zarr.open_group(zarr.storage.ZipStore(str(path), mode="r"), mode="r")
+        return zarr.open_group(str(path), mode="r")
+    except Exception as error:  # zarr, zipfile and json each have their own ways to fail on a broken store
+        raise ValueError(f"{path}: got something that is not a readable zarr group ({error})") from error
+
+
+def _check_episode_ends(ends, path):
+    if ends.ndim != 1 or len(ends) == 0:
+        raise ValueError(f"{path}: episode_ends: got shape {ends.shape}, allowed: (E,) with E >= 1")
+    lengths = np.diff(ends, prepend=0)
+    if (lengths <= 0).any():
+        at = int(np.argmax(lengths <= 0))
+        raise ValueError(f"{path}: episode_ends: got {ends[at]} at position {at}, allowed: strictly increasing from 1")
+
+
+def _check_shape(array, spec, name):
+    shape = tuple(array.shape[1:])
+    expected = tuple(spec["shape"])
+    if spec["type"] == "rgb":
+        channels, height, width = expected
+        expected = (height, width, channels)  # stored channels last
+    elif spec.get("columns") is not None:
+        columns = list(spec["columns"])
+        if len(shape) != 1 or max(columns) >= shape[0]:
+            raise ValueError(f"{name}: got shape per frame {shape}, allowed: a vector with columns {columns}")
+        shape = (len(columns),)
+    if shape != expected:
+        raise ValueError(f"{name}: got shape per frame {shape}, allowed: {expected} (shape_meta)")
+
+
+def _decode_image(block, name):
+    if block.dtype == np.uint8:
+        return block
+    if not (np.isfinite(block).all() and block.min() >= 0 and block.max() <= 255):
+        raise ValueError(f"{name}: got pixels outside 0..255 or not finite, allowed: 0..255")
+    return np.round(block).astype(np.uint8)
+
+
+def _decode_low_dim(block, name):
+    if not np.isfinite(block).all():
+        frame = int(np.argwhere(~np.isfinite(block))[0][0])
+        raise ValueError(f"{name}: got NaN or inf (first in frame {frame} of its block), allowed: finite numbers")
+    return block.astype(np.float32)
+
+
+def _read_checked(array, path, selection=slice(None)):
+    try:
+        return array[selection]
+    except Exception as error:  # codecs raise whatever their C library does
+        raise ValueError(f"{path}: {array.path}: got a chunk that cannot be decoded ({error})") from error
+
+
+def _blocks(array, decode, columns, path):
+    """Yield (start, decoded block) over the frames of ``array``, with a progress bar where it takes long."""
+    # zarr reads a missing chunk as the fill value, so a truncated copy would otherwise train on black images.
+    if array.nchunks_initialized != array.nchunks:
+        raise ValueError(
+            f"{path}: {array.path}: got {array.nchunks_initialized} of {array.nchunks} chunks, allowed: all"
+            " (a truncated copy?)"
+        )
+    frame_bytes = int(np.prod(array.shape[1:])) * array.dtype.itemsize
+    step = max(BLOCK_BYTES // max(frame_bytes, 1), 1)
+    step = max(step // array.chunks[0], 1) * array.chunks[0]
+    starts = range(0, array.shape[0], step)
+    for start in tqdm(starts, desc=f"reading {array.path}", unit="block", disable=len(starts) < 4, leave=False):
+        block = _read_checked(array, path, slice(start, start + step))
+        if columns is not None:
+            block = block[..., list(columns)]
+        yield start, decode(block, f"{path}: {array.path}")
+
+
+def _decode_all(array, decode, columns, path, create=np.empty):
+    out = None
+    for start, block in _blocks(array, decode, columns, path):
+        if out is None:
+            out = create((array.shape[0], *block.shape[1:]), block.dtype)
+        out[start : start + len(block)] = block
+    if out is None:
+        raise ValueError(f"{path}: {array.path}: got 0 frames, allowed: at least 1")
+    return out
+
+
+def _memory_map(array, decode, columns, path, cache_dir):
+    """A read-only memory map of the decoded array; decoded again when the source was modified since."""
+    stamp = max((p.stat().st_mtime_ns for p in [Path(path), *Path(path).glob(f"{array.path}/.z*")]), default=0)
+    identity = f"{Path(path).resolve()} {array.path} {array.shape} {columns} {stamp}"
+    target = Path(cache_dir) / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".partial{os.getpid()}")
+
+        def create(shape, dtype):
+            return np.lib.format.open_memmap(partial, mode="w+", shape=shape, dtype=dtype)
+
+        try:
+            _decode_all(array, decode, columns, path, create).flush()
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return np.load(target, mmap_mode="r")

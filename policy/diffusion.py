@@ -1,0 +1,150 @@
+"""Diffusion policy: a DDPM over action chunks, conditioned on encoded observations.
+
+Sources: Diffusion Policy (arXiv 2303.04137), DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502); the schedulers are
+diffusers'. Time table of a chunk: policy/dataset/windows.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from policy.encoder.observation import ObservationEncoder
+from policy.normalizer import Normalizer
+from policy.registry import lookup
+from policy.unet1d import ConditionalUNet1D
+
+SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+
+
+class DiffusionPolicy(nn.Module):
+    """Observations of To steps -> actions of T steps, of which Ta are executed.
+
+    shape_meta: {"obs": {key: {"type", "shape"}}, "action": {"shape": [Da], "relative_to": low-dim key or null}}.
+    relative_to predicts offsets from that key at the last observed step, normalised per step of the chunk.
+    noise: arguments of diffusers' ``DDPMScheduler``; sampler: {"name": "ddpm" | "ddim", "num_inference_steps"}.
+    """
+
+    def __init__(
+        self, *, shape_meta, horizon, obs_steps, action_steps, crop, encoder, attention, denoiser, noise, sampler
+    ):
+        super().__init__()
+        self.horizon, self.obs_steps, self.action_steps = horizon, obs_steps, action_steps
+        if not obs_steps - 1 + action_steps <= horizon or min(obs_steps, action_steps) < 1:
+            raise ValueError(
+                f"obs_steps, action_steps: got {obs_steps}, {action_steps}, allowed: at least 1 each and"
+                f" obs_steps - 1 + action_steps <= horizon {horizon}"
+            )
+        obs_meta, action_meta = shape_meta["obs"], shape_meta["action"]
+        (self.action_dim,) = action_meta["shape"]
+        self.relative_to = action_meta.get("relative_to")
+        self._check_relative(obs_meta)
+        low_dim = {key: spec["shape"] for key, spec in obs_meta.items() if spec["type"] == "low_dim"}
+        action_shape = (horizon, self.action_dim) if self.relative_to else (self.action_dim,)
+        self.normalizer = Normalizer({**low_dim, "action": action_shape})
+        self.encoder = ObservationEncoder(
+            shape_meta=obs_meta, crop=crop, encoder=encoder, attention=attention, normalizer=self.normalizer
+        )
+        self.denoiser = ConditionalUNet1D(
+            action_dim=self.action_dim, condition_dim=obs_steps * self.encoder.out_dim, **denoiser
+        )
+        if horizon % self.denoiser.multiple:
+            raise ValueError(f"horizon: got {horizon}, allowed: a multiple of {self.denoiser.multiple} (U-Net levels)")
+        self.noise_scheduler = DDPMScheduler(**noise)
+        self.sampler = lookup("sampler", sampler["name"], SCHEDULERS).from_config(self.noise_scheduler.config)
+        self.num_inference_steps = sampler["num_inference_steps"]
+        self._check_inference_steps(self.num_inference_steps)
+
+    def _check_relative(self, obs_meta):
+        if self.relative_to is None:
+            return
+        spec = obs_meta.get(self.relative_to)
+        if spec is None or spec["type"] != "low_dim" or tuple(spec["shape"]) != (self.action_dim,):
+            keys = [key for key, s in obs_meta.items() if tuple(s["shape"]) == (self.action_dim,)]
+            raise ValueError(f"action.relative_to: got {self.relative_to!r}, allowed: null or one of {keys}")
+
+    def _check_inference_steps(self, steps):
+        train_steps = self.noise_scheduler.config.num_train_timesteps
+        if not 1 <= steps <= train_steps:
+            raise ValueError(f"num_inference_steps: got {steps}, allowed: 1 to {train_steps}")
+
+    # Training -------------------------------------------------------------------------------------------------
+
+    def fit_normalizer(self, dataset):
+        """Take the ranges of the training windows of ``dataset`` (policy.dataset.WindowDataset)."""
+        arrays = dataset.buffer.arrays
+        for key in self.encoder.low_dim:
+            self.normalizer.fit(key, torch.from_numpy(arrays[key][dataset.windows[:, : self.obs_steps]]).flatten(0, 1))
+        actions = torch.from_numpy(arrays["action"][dataset.windows])  # (W, T, Da)
+        if self.relative_to:
+            now = arrays[self.relative_to][dataset.windows[:, self.obs_steps - 1]]
+            self.normalizer.fit("action", actions - torch.from_numpy(now)[:, None])
+        else:
+            self.normalizer.fit("action", actions.flatten(0, 1))
+
+    def randomness(self, count, generator):
+        """What the loss of ``count`` samples draws: {"noise": (B, T, Da), "steps": (B,)} on the CPU."""
+        train_steps = self.noise_scheduler.config.num_train_timesteps
+        return {
+            "noise": torch.randn(count, self.horizon, self.action_dim, generator=generator),
+            "steps": torch.randint(train_steps, (count,), generator=generator),
+        }
+
+    def loss(self, batch, randomness):
+        """{"loss": total, ...parts} of a batch of ``WindowDataset`` as tensors, with "crop" (U, 2) in [0, 1) or None.
+
+        The noise-prediction loss of DDPM, equation 14 of arXiv 2006.11239.
+        """
+        features = self.encoder(batch["obs"], batch.get("crop"))[batch["frame"]]  # (B, To, K)
+        actions = batch["action"]
+        if self.relative_to:
+            actions = actions - batch["obs"][self.relative_to][batch["frame"][:, -1]][:, None]
+        actions = self.normalizer.normalize("action", actions)
+        noisy = self.noise_scheduler.add_noise(actions, randomness["noise"], randomness["steps"])
+        predicted = self.denoiser(noisy, randomness["steps"], features.flatten(1))
+        diffusion = F.mse_loss(predicted.float(), randomness["noise"])
+        return {"loss": diffusion, "diffusion": diffusion.detach()}
+
+    def forward(self, batch, randomness):
+        """The loss; torch's and accelerate's wrappers only know ``forward``."""
+        return self.loss(batch, randomness)
+
+    # Inference ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, obs, *, generator=None, num_inference_steps=None):
+        """Draw action chunks: obs {key: (B, To, ...)} in raw units -> (B, T, Da) in raw units.
+
+        Images are uint8 or float in 0..255, (C, h, w). generator: one ``torch.Generator`` or a list of B, one an
+        episode. Raises ValueError for missing keys, wrong shapes or impossible step counts.
+        """
+        device = next(self.parameters()).device
+        obs = {key: torch.as_tensor(obs[key]).to(device) for key in self.encoder.shapes if key in obs}
+        batch, steps = self.encoder.check(obs)
+        if steps != self.obs_steps:
+            raise ValueError(f"obs: got {steps} steps, allowed: {self.obs_steps}")
+        if num_inference_steps is None:
+            num_inference_steps = self.num_inference_steps
+        self._check_inference_steps(num_inference_steps)
+        flat = {key: value.flatten(0, 1) for key, value in obs.items()}
+        condition = self.encoder(flat).reshape(batch, -1)  # (B, To * K)
+        chunk = self._denoise(condition, generator, num_inference_steps)
+        chunk = self.normalizer.denormalize("action", chunk)
+        if self.relative_to:
+            chunk = chunk + obs[self.relative_to][:, -1:].to(chunk)
+        return chunk
+
+    def _denoise(self, condition, generator, num_inference_steps):
+        shape = (len(condition), self.horizon, self.action_dim)
+        chunk = randn_tensor(shape, generator=generator, device=condition.device, dtype=torch.float32)
+        self.sampler.set_timesteps(num_inference_steps, device=condition.device)
+        for step in self.sampler.timesteps:
+            noise = self.denoiser(chunk, step.expand(len(chunk)), condition)
+            chunk = self.sampler.step(noise.float(), step, chunk, generator=generator).prev_sample
+        return chunk
+
+    def act(self, obs, **options):
+        """The steps to execute now, from the last observed one on: (B, Ta, Da); options as ``sample``."""
+        start = self.obs_steps - 1
+        return self.sample(obs, **options)[:, start : start + self.action_steps]

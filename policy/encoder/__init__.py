@@ -1,0 +1,33 @@
+"""Vision encoders behind one interface; a new one is one file here, one line below and one config."""
+
+import inspect
+
+from policy.encoder.resnet import ResNet18Encoder
+from policy.encoder.vit import ViTEncoder
+from policy.registry import lookup
+
+__all__ = ["build_encoder", "list_encoders"]
+
+ENCODERS = {"resnet18": ResNet18Encoder, "vit": ViTEncoder}
+
+
+def list_encoders():
+    """Names that ``build_encoder`` and ``encoder.name`` accept."""
+    return sorted(ENCODERS)
+
+
+def build_encoder(name, *, image_size, attention, **options):
+    """An encoder of one camera: a module images (B, 3, h, w) in [-1, 1] -> (B, out_dim), with ``out_dim``.
+
+    image_size: h = w after cropping; attention: {"name": ..., options}, for encoders that have one.
+    Raises ValueError for an unknown name or option.
+    """
+    encoder = lookup("encoder", name, ENCODERS)
+    parameters = inspect.signature(encoder).parameters
+    allowed = set(parameters) - {"image_size", "attention"}
+    unknown = sorted(set(options) - allowed)
+    if unknown:
+        raise ValueError(f"encoder {name!r} options: got {', '.join(unknown)}, allowed: {', '.join(sorted(allowed))}")
+    if "attention" in parameters:
+        options["attention"] = attention
+    return encoder(image_size=image_size, **options)

@@ -1,0 +1,155 @@
+"""Vision transformer encoder: timm's ``VisionTransformer`` with the attention of every block replaced by ours."""
+
+import timm
+from torch import nn
+
+from policy.attention import build_attention
+from policy.encoder.spatial_softmax import SpatialSoftmax
+
+POOLS = ("mean", "cls", "spatial_softmax")
+STEMS = ("patch", "conv")
+
+
+class ConvStem(nn.Module):
+    """Patch embedding by 3x3 convolutions of stride 2 instead of one large-stride one (arXiv 2106.14881).
+
+    images (B, 3, h, w) -> tokens (B, N, C). Takes timm's ``embed_layer`` arguments; ``patch_size`` must be 4, 8 or 16.
+    """
+
+    def __init__(self, img_size, patch_size, in_chans, embed_dim, bias=True, **_timm_options):
+        super().__init__()
+        if patch_size not in (4, 8, 16):
+            raise ValueError(f"patch_size of the convolution stem: got {patch_size}, allowed: 4, 8, 16")
+        stages = {4: 2, 8: 3, 16: 4}[patch_size]
+        self.img_size = (img_size, img_size)
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        layers, channels = [], in_chans
+        for stage in range(stages):
+            width = max(embed_dim >> (stages - 1 - stage), 16)
+            # GroupNorm rather than the paper's BatchNorm: batches are windows of few episodes, and EMA needs no care.
+            layers += [
+                nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
+                nn.GroupNorm(max(width // 16, 1), width),
+                nn.ReLU(inplace=True),
+            ]
+            channels = width
+        layers.append(nn.Conv2d(channels, embed_dim, kernel_size=1, bias=bias))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images):
+        return self.layers(images).flatten(2).transpose(1, 2)  # (B, N, C)
+
+
+class ViTEncoder(nn.Module):
+    """One camera: images (B, 3, h, w) in [-1, 1] -> features (B, out_dim).
+
+    image_size: h = w after cropping; arch: any timm ViT name, its width, depth, heads and patch size may be
+    overridden; attention: {"name": ..., options}; pool: "mean" of the patch tokens after the final norm (published),
+    "cls" token or "spatial_softmax"; out_dim: optional linear read-out. ``drop_remainder`` accepts an image that the
+    patch size does not divide and ignores its last rows and columns, as the published encoder does silently.
+
+    Raises ValueError for unknown options and sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size,
+        attention,
+        arch="vit_base_patch8_224",
+        patch_size=8,
+        dim=None,
+        depth=None,
+        num_heads=None,
+        mlp_ratio=None,
+        stem="patch",
+        pool="mean",
+        num_keypoints=32,
+        out_dim=None,
+        drop_path=0.0,
+        drop_remainder=False,
+        pretrained=False,
+    ):
+        super().__init__()
+        _check_geometry(image_size, patch_size, stem, pool, drop_remainder)
+        sizes = {"embed_dim": dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
+        overrides = {key: value for key, value in sizes.items() if value is not None}
+        if stem == "conv":
+            overrides["embed_layer"] = ConvStem
+        if not timm.is_model(arch) or not arch.startswith(("vit_", "deit_")):
+            raise ValueError(f"arch: got {arch!r}, allowed: a timm ViT name, see timm.list_models('vit_*')")
+        self.vit = timm.create_model(
+            arch,
+            pretrained=pretrained,
+            img_size=image_size,
+            patch_size=patch_size,
+            num_classes=0,
+            global_pool="avg",
+            fc_norm=False,  # norm before the pooling, as published
+            drop_path_rate=drop_path,
+            **overrides,
+        )
+        self.prefix_tokens = self.vit.num_prefix_tokens
+        self.grid = self.vit.patch_embed.grid_size
+        self._replace_attention(dict(attention))
+        self.pool = pool
+        width = self.vit.embed_dim
+        if pool == "spatial_softmax":
+            self.keypoints = SpatialSoftmax(width, num_keypoints, self.grid)
+            width = self.keypoints.out_dim
+        self.readout = nn.Identity() if out_dim is None else nn.Linear(width, out_dim)
+        self.out_dim = width if out_dim is None else out_dim
+
+    def _replace_attention(self, attention):
+        name = attention.pop("name")
+        for layer, block in enumerate(self.vit.blocks):
+            original = block.attn
+            block.attn = build_attention(
+                name,
+                dim=self.vit.embed_dim,
+                num_heads=original.num_heads,
+                num_patches=self.grid[0] * self.grid[1],
+                grid=self.grid,
+                layer=layer,
+                depth=len(self.vit.blocks),
+                prefix_tokens=self.prefix_tokens,
+                **attention,
+            )
+            block.attn.load_state_dict(original.state_dict())
+
+    def tokens(self, images):
+        """images (B, 3, h, w) in [-1, 1] -> tokens after the final norm (B, P+N, C)."""
+        return self.vit.forward_features(images)
+
+    def forward(self, images):
+        """images (B, 3, h, w) in [-1, 1] -> features (B, out_dim)."""
+        tokens = self.tokens(images)
+        patches = tokens[:, self.prefix_tokens :]  # (B, N, C)
+        if self.pool == "cls":
+            pooled = tokens[:, 0]
+        elif self.pool == "mean":
+            pooled = patches.mean(dim=1)
+        else:
+            pooled = self.keypoints(patches.transpose(1, 2).unflatten(2, self.grid))
+        return self.readout(pooled)
+
+
+def _check_geometry(image_size, patch_size, stem, pool, drop_remainder):
+    if stem not in STEMS:
+        raise ValueError(f"stem: got {stem!r}, allowed: {', '.join(STEMS)}")
+    if pool not in POOLS:
+        raise ValueError(f"pool: got {pool!r}, allowed: {', '.join(POOLS)}")
+    if not 1 <= patch_size <= image_size:
+        raise ValueError(f"patch_size: got {patch_size}, allowed: 1 to the image size {image_size}")
+    remainder = image_size % patch_size
+    if remainder and (not drop_remainder or stem == "conv"):
+        raise ValueError(
+            f"image size: got {image_size}, allowed: a multiple of patch size {patch_size}"
+            f" (or encoder.drop_remainder=true to ignore the last {remainder} px, patch stem only)"
+        )
+
+
+def parameter_count(module):
+    """Number of parameters of ``module``."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,318 @@
+"""The one trainer: any model with ``forward(batch, randomness) -> {"loss": ...}`` on any dataset with ``batch(indices)``.
+
+Everything random is a function of (seed, step): the order of an epoch, noise, crops, dropout. A resumed run
+therefore needs only weights, optimizer moments and the step to go on bit for bit.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import time
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from policy.checkpoint import LAST, load_checkpoint, load_weights, save_checkpoint
+from policy.curves import plot_curves
+from policy.dataset import epoch_order
+from policy.ema import EMA
+from policy.hashing import hashed_uniform
+
+VALIDATION_SEED = 1 << 40  # far from every training step
+
+
+def cosine_schedule(step, *, total, warmup):
+    """Factor of the learning rate: linear from 0 over ``warmup`` steps, then half a cosine to 0 at ``total``."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
+
+
+def to_tensors(batch, device):
+    """Nested dictionaries of numpy arrays to tensors on ``device``."""
+    if isinstance(batch, dict):
+        return {key: to_tensors(value, device) for key, value in batch.items()}
+    return torch.from_numpy(batch).to(device, non_blocking=True)
+
+
+class Trainer:
+    """Trains ``model`` and keeps the run folder: metrics.jsonl, curves.png and checkpoints.
+
+    options: the ``training`` section of the configuration; config: all of it, as a plain dict, stored with every
+    checkpoint; evaluate(model, epoch) -> {metric: number}: called every ``rollout_every`` epochs with the EMA model.
+    """
+
+    def __init__(self, model, train_data, val_data, *, options, config, run_dir, evaluate=None, device="auto"):
+        self.accelerator = _accelerator(options.precision, device)
+        self.options, self.config, self.run_dir, self.evaluate = options, config, run_dir, evaluate
+        self.train_data, self.val_data = train_data, val_data
+        shard = self.accelerator.num_processes * options.gradient_accumulation
+        if options.batch_size < 1 or options.batch_size % shard:
+            raise ValueError(
+                f"batch_size: got {options.batch_size}, allowed: a multiple of processes x gradient_accumulation = {shard}"
+            )
+        # A data set smaller than a batch still trains: its batch is then the whole of it.
+        self.batch_size = min(options.batch_size, len(train_data) // shard * shard)
+        if self.batch_size == 0:
+            raise ValueError(f"training windows: got {len(train_data)}, allowed: at least {shard}")
+        self.steps_per_epoch = len(train_data) // self.batch_size
+        self.total_steps = options.epochs * self.steps_per_epoch
+        if options.max_steps is not None:
+            self.total_steps = min(self.total_steps, options.max_steps)
+        if self.total_steps < 1:
+            raise ValueError(f"epochs, max_steps: got {options.epochs}, {options.max_steps}, allowed: at least 1 step")
+
+        model = model.to(self.accelerator.device)
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.trained,
+            lr=options.lr,
+            betas=tuple(options.betas),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self.ema = EMA(model, power=options.ema.power, max_decay=options.ema.max_decay)
+        self.raw_model = model
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.step = 0
+        self.scores = {}  # file name -> score of the kept best checkpoints
+        self._stop = None
+        self._pending = []
+        self._last_save = None
+
+    # The loop ------------------------------------------------------------------------------------------------
+
+    def fit(self, stop_at=None):
+        """Train to the end, or to step ``stop_at``; a SIGTERM or SIGINT saves and then exits with its code."""
+        end = self.total_steps if stop_at is None else min(stop_at, self.total_steps)
+        previous = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
+        started, first = time.monotonic(), self.step
+        try:
+            while self.step < end:
+                self._train_step()
+                bar.update()
+                if self.step % self.options.log_every == 0:
+                    rate = (self.step - first) / (time.monotonic() - started)
+                    bar.set_postfix_str(f"loss {self._log_training(rate):.4f}")
+                if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps:
+                    self._end_epoch(math.ceil(self.step / self.steps_per_epoch))
+                if self._stop is not None:
+                    self._exit_on_signal()
+        finally:
+            bar.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self.save()
+
+    def _train_step(self):
+        options, accumulation = self.options, self.options.gradient_accumulation
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        order = self._epoch_order(epoch)
+        indices = order[position * self.batch_size : (position + 1) * self.batch_size]
+        generator = torch.Generator().manual_seed(self._step_seed(self.step))
+        # Drawn for the whole batch, then cut, so that neither accumulation nor the number of processes changes it.
+        randomness = self.raw_model.randomness(len(indices), generator)
+        torch.manual_seed(self._step_seed(self.step) + 1 + self.accelerator.process_index)  # dropout
+        lr = options.lr * cosine_schedule(self.step, total=self.total_steps, warmup=options.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        parts = np.array_split(np.arange(len(indices)), accumulation * self.accelerator.num_processes)
+        own = parts[self.accelerator.process_index :: self.accelerator.num_processes]
+        for number, rows in enumerate(own):
+            batch = self._batch(self.train_data, indices[rows], augment=True)
+            drawn = {key: value[rows].to(self.accelerator.device) for key, value in randomness.items()}
+            synchronise = number == len(own) - 1
+            with self.accelerator.no_sync(self.model) if not synchronise else contextlib.nullcontext():
+                with self.accelerator.autocast():
+                    losses = self.model(batch, drawn)
+                self.accelerator.backward(losses["loss"] / len(own))
+            self._pending.append({key: value.detach() for key, value in losses.items()})
+        if options.gradient_clip is not None:
+            self.accelerator.clip_grad_norm_(self.trained, options.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.raw_model, self.step)
+        self.step += 1
+
+    def _epoch_order(self, epoch):
+        if getattr(self, "_order_epoch", None) != epoch:
+            self._order_epoch = epoch
+            self._order = epoch_order(
+                len(self.train_data), seed=self.options.seed, epoch=epoch, group=self.options.windows_per_group
+            )
+        return self._order
+
+    def _step_seed(self, step):
+        return int(np.random.SeedSequence([self.options.seed, step]).generate_state(1, np.uint32)[0])
+
+    def _batch(self, data, indices, augment):
+        arrays = data.batch(indices)
+        frame_id = arrays.pop("frame_id", None)
+        if augment and frame_id is not None:
+            arrays["crop"] = hashed_uniform(self.options.seed, self.step, frame_id, columns=2)
+        return to_tensors(arrays, self.accelerator.device)
+
+    # Looking at it -------------------------------------------------------------------------------------------
+
+    def _log_training(self, rate):
+        means = {key: torch.stack([p[key] for p in self._pending]).mean() for key in self._pending[0]}
+        self._pending.clear()
+        values = {key: self.accelerator.reduce(value, "mean").item() for key, value in means.items()}
+        if not math.isfinite(values["loss"]):
+            raise RuntimeError(f"loss: got {values['loss']} at step {self.step}; the last checkpoint is untouched")
+        self._log({**{f"train_{k}": v for k, v in values.items()}, "lr": self.optimizer.param_groups[0]["lr"]}, rate)
+        return values["loss"]
+
+    def _log(self, values, rate=None):
+        if not self.accelerator.is_main_process:
+            return
+        line = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **values}
+        if rate is not None:
+            line["steps_per_second"] = rate
+        with open(self.run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.tracker(line)
+
+    def tracker(self, line):
+        """Also hand each line to an experiment tracker; replaced by train.py when wandb is on."""
+
+    @torch.no_grad()
+    def validate(self):
+        """Mean losses of the EMA model over the held-out windows, with noise that is the same every time."""
+        sums, count = {}, 0
+        size = self.batch_size
+        for number, start in enumerate(range(0, len(self.val_data), size)):
+            if number == self.options.max_val_batches:
+                break
+            indices = np.arange(start, min(start + size, len(self.val_data)))
+            generator = torch.Generator().manual_seed(self._step_seed(VALIDATION_SEED + number))
+            randomness = self.ema.model.randomness(len(indices), generator)
+            randomness = {key: value.to(self.accelerator.device) for key, value in randomness.items()}
+            with self.accelerator.autocast():
+                losses = self.ema.model(self._batch(self.val_data, indices, augment=False), randomness)
+            for key, value in losses.items():
+                sums[key] = sums.get(key, 0.0) + value.item() * len(indices)
+            count += len(indices)
+        return {f"val_{key}": value / count for key, value in sums.items()}
+
+    def _end_epoch(self, epoch):
+        """Validation, rollouts, curves and checkpoints that are due after ``epoch`` epochs."""
+        options, last = self.options, self.step == self.total_steps
+        values = {}
+        if self.val_data is not None and (epoch % options.val_every == 0 or last):
+            values.update(self.validate())
+        score = None
+        if self.evaluate is not None and (epoch % options.rollout_every == 0 or last):
+            if self.accelerator.is_main_process:
+                metrics = self.evaluate(self.ema.model, epoch)
+                values.update(metrics)
+                score = metrics[options.score]
+            self.accelerator.wait_for_everyone()
+        if values:
+            self._log(values)
+            if self.accelerator.is_main_process:
+                plot_curves(self.run_dir)
+        if score is not None:
+            self._keep_best(score)
+        if epoch % options.checkpoint_every == 0 or last:
+            self.save()
+
+    # Checkpoints ---------------------------------------------------------------------------------------------
+
+    def _weights(self, model, prefix):
+        return {f"{prefix}.{name}": tensor for name, tensor in model.state_dict().items()}
+
+    def save(self):
+        """Write checkpoints/last.safetensors: all that resuming needs."""
+        if not self.accelerator.is_main_process or self._last_save == self.step:
+            return
+        tensors = {**self._weights(self.raw_model, "model"), **self._weights(self.ema.model, "ema")}
+        for name, parameter in zip(self.names, self.trained, strict=True):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        state = {"step": self.step, "scores": self.scores}
+        save_checkpoint(self.run_dir / "checkpoints" / LAST, tensors, config=self.config, state=state)
+        self._last_save = self.step
+
+    def _keep_best(self, score):
+        """Keep the EMA weights if ``score`` is among the ``top_k`` best so far."""
+        if self.options.top_k < 1:
+            return
+        folder = self.run_dir / "checkpoints"
+        name = f"step={self.step:08d}_score={score:.4f}.safetensors"
+        ranked = sorted([*self.scores.items(), (name, score)], key=lambda item: -item[1])
+        keep = dict(ranked[: self.options.top_k])
+        if name in keep:
+            state = {"step": self.step, "score": score}
+            save_checkpoint(folder / name, self._weights(self.ema.model, "ema"), config=self.config, state=state)
+        self.scores = keep
+        for file in folder.glob("step=*.safetensors"):
+            if file.name not in keep:
+                file.unlink()
+
+    def resume(self):
+        """Continue from checkpoints/last.safetensors of the run folder; drops metrics logged after it."""
+        path = self.run_dir / "checkpoints" / LAST
+        tensors, _, state = load_checkpoint(path)
+
+        def part(prefix):
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        load_weights(self.raw_model, part("model."), str(path))
+        load_weights(self.ema.model, part("ema."), str(path))
+        for name, parameter in zip(self.names, self.trained, strict=True):
+            values = {key: part(f"optimizer.{key}.").get(name) for key in ("step", "exp_avg", "exp_avg_sq")}
+            if any(value is None for value in values.values()):
+                raise ValueError(f"{path}: got no optimizer state for {name!r}, allowed: the same trained parameters")
+            step = values.pop("step")
+            moments = {key: value.to(parameter.device) for key, value in values.items()}
+            self.optimizer.state[parameter] = {"step": step.to(parameter.device), **moments}
+        self.step, self.scores = state["step"], state["scores"]
+        metrics = self.run_dir / "metrics.jsonl"
+        if self.accelerator.is_main_process and metrics.exists():
+            lines = [line for line in metrics.read_text().splitlines(keepends=True) if _before(line, self.step)]
+            metrics.write_text("".join(lines))
+
+    def _request_stop(self, number, _frame):
+        if self._stop is not None:  # asked twice: do not wait for the step to end
+            raise SystemExit(128 + number)
+        self._stop = number
+
+    def _exit_on_signal(self):
+        self.save()
+        print(
+            f"\nstopped by {signal.Signals(self._stop).name} at step {self.step}; continue with resume={self.run_dir}"
+        )
+        raise SystemExit(128 + self._stop)
+
+
+def _before(line, step):
+    """Whether a line of metrics.jsonl belongs to the first ``step`` steps; a torn last line does not."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError):
+        return False
+
+
+def _accelerator(precision, device):
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision: got {precision!r}, allowed: fp32, bf16")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: got {device!r}, allowed: auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch sees no CUDA device; allowed here: auto, cpu")
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")

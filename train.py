@@ -1,0 +1,165 @@
+"""Train a policy: compose the configuration, build data and model, train with the one trainer, roll out.
+
+    python train.py --config-dir=config/pusht [--config-name=typea] [preset=paper|small|cpu|smoke] [key=value ...]
+    python train.py --config-dir=config/pusht resume=RUN_FOLDER
+
+From this command to the loss in four files: the config, this one, policy/diffusion.py, policy/attention/fibottention.py.
+"""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from envs import make_data
+from eval.command import command
+from eval.rollout import describe, rollout, write_results
+from policy.build import build_datasets, build_model, cache_features
+from policy.checkpoint import load_checkpoint, load_encoder, load_weights
+from policy.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent
+
+
+def choose_preset(arguments):
+    """``arguments`` with preset=auto, the default of policies, replaced by what suits this machine; says which."""
+    chosen = [a.split("=", 1)[1] for a in arguments if a.startswith("preset=")]
+    if any("pretrain" in a or a.startswith("resume=") for a in arguments) or (chosen and chosen[-1] != "auto"):
+        return arguments
+    cuda = torch.cuda.is_available()
+    preset = "paper" if cuda else "cpu"
+    print(f"preset=auto -> {preset} ({'CUDA is present' if cuda else 'no CUDA here'})")
+    return [a for a in arguments if not a.startswith("preset=")] + [f"preset={preset}"]
+
+
+def locate_data(task, cache_dir):
+    """Path of the data set that ``task.data`` names, rendered or downloaded as its entry says."""
+    name = task["data"]
+    entry = dict(task["datasets"].get(name) or {**task["datasets"]["path"], "source": name})
+    hint = entry.pop("hint", None)
+    source = entry.get("source")
+    if source is not None:
+        source = Path(source) if Path(source).exists() else ROOT / source
+        if not source.exists():
+            advice = f"; to get it: {hint}" if hint else ""
+            names = ", ".join(sorted(set(task["datasets"]) - {"path"}))
+            raise FileNotFoundError(
+                f"task.data: got {name!r} ({source}), which does not exist; allowed: {names} or a path{advice}"
+            )
+        entry["source"] = source
+    return make_data(entry.pop("maker"), cache_dir=cache_dir, **entry)
+
+
+def start_encoder(model, options):
+    """Load ``encoder.init`` into every camera's encoder and freeze it if asked; returns a line that says so."""
+    init = options["init"]
+    if init != "none":
+        source = load_encoder(Path(init) if Path(init).exists() else ROOT / init).state_dict()
+        for encoder in model.encoder.encoders.values():
+            load_weights(encoder, source, f"encoder.init={init}")
+    if options["freeze"]:
+        model.encoder.encoders.requires_grad_(False)
+    return f"encoder: {'random weights' if init == 'none' else init}, {'frozen' if options['freeze'] else 'trained'}"
+
+
+def describe_model(model):
+    """Parameter counts by part, in millions."""
+    counts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+    return "parameters: " + ", ".join(f"{name} {n:.2f} M" for name, n in counts.items() if n)
+
+
+def stored_config(run_dir, overrides):
+    """Configuration of a run to resume, with plain ``key=value`` overrides on top."""
+    _, config, _ = load_checkpoint(run_dir / "checkpoints" / "last.safetensors", prefix="none")
+    config = OmegaConf.create(config)
+    OmegaConf.set_struct(config, True)
+    changes = [o for o in overrides if not o.startswith(("resume=", "hydra"))]
+    for change in changes:
+        key = change.split("=", 1)[0]
+        if "=" not in change or OmegaConf.is_dict(OmegaConf.select(config, key)) or key == "preset":
+            raise ValueError(f"override with resume: got {change!r}, allowed: key=value of single values")
+    config.merge_with_dotlist(changes)
+    return config
+
+
+def run(config, run_dir, resume=False):
+    """Train what ``config`` (resolved) describes in the folder ``run_dir``; returns the trainer."""
+    print(f"run: {run_dir}")
+    torch.manual_seed(config.seed)
+    options = OmegaConf.to_container(config, resolve=True)
+    train_data, val_data = build_datasets(options, locate_data(options["task"], options["cache_dir"]))
+    print(f"data: {len(train_data)} training windows, {len(val_data) if val_data else 0} held out")
+    model = build_model(options)
+    print(describe_model(model) + "\n" + start_encoder(model, options["encoder"]))
+    model.fit_normalizer(train_data)
+    is_policy = hasattr(model, "sample")
+    trainer = Trainer(
+        model,
+        train_data,
+        val_data,
+        options=config.training,
+        config=options,
+        run_dir=run_dir,
+        device=config.device,
+        evaluate=_evaluator(options, run_dir) if is_policy else None,
+    )
+    if resume:
+        trainer.resume()
+    if is_policy and options["encoder"]["freeze"]:
+        cache_features(model, [d for d in (train_data, val_data) if d], device=trainer.accelerator.device)
+    if trainer.accelerator.is_main_process:
+        OmegaConf.save(OmegaConf.create(options), run_dir / "config.yaml")
+        trainer.tracker = _tracker(options, run_dir)
+    trainer.fit()
+    return trainer
+
+
+def _evaluator(options, run_dir):
+    def evaluate(policy, epoch):
+        summary, films = rollout(policy, options["task"]["env"], **options["rollout"])
+        write_results(run_dir / "rollouts" / f"epoch_{epoch:04d}", summary, films)
+        print(f"\nepoch {epoch}: {describe(summary)}")
+        return {key: summary[key] for key in ("score_mean", "success_rate")}
+
+    return evaluate
+
+
+def _tracker(options, run_dir):
+    mode = options["wandb"]["mode"]
+    if mode == "disabled":
+        return lambda line: None
+    import wandb
+
+    session = wandb.init(project=options["wandb"]["project"], mode=mode, dir=run_dir, config=options)
+    return lambda line: session.log(line, step=line["step"])
+
+
+def run_dir_for(resume, task, preset):
+    """The folder of a run: the resumed one, or a new one named after task, preset and time."""
+    return resume or f"runs/{task}/{preset}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+OmegaConf.register_new_resolver("run_dir", run_dir_for, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("given", lambda value: value != "none", replace=True)
+
+
+@hydra.main(config_path="config", config_name="typea", version_base="1.3")
+@command
+def main(config):
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    resume = config.resume is not None
+    if resume:
+        config = stored_config(run_dir, HydraConfig.get().overrides.task)
+    run(config, run_dir, resume)
+
+
+if __name__ == "__main__":
+    import os
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach ``command``, which prints one line
+    sys.argv[1:] = choose_preset(sys.argv[1:])
+    command(main)()
