@@ -6,17 +6,20 @@
 From this command to the loss in four files: the config, this one, policy/diffusion.py, policy/attention/fibottention.py.
 """
 
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
 
 import hydra
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from envs import make_data
-from eval.command import command
+from envs import make_data, make_env
+from eval.command import check_types, command, nearest
 from eval.rollout import describe, rollout, write_results
 from policy.build import build_datasets, build_model, cache_features
 from policy.checkpoint import load_checkpoint, load_encoder, load_weights
@@ -38,17 +41,18 @@ def choose_preset(arguments):
 
 def locate_data(task, cache_dir):
     """Path of the data set that ``task.data`` names, rendered or downloaded as its entry says."""
-    name = task["data"]
-    entry = dict(task["datasets"].get(name) or {**task["datasets"]["path"], "source": name})
+    name, datasets = task["data"], task["datasets"]
+    names = sorted(set(datasets) - {"path"})
+    entry = dict(datasets[name]) if name in names else {**datasets["path"], "source": name}
     hint = entry.pop("hint", None)
     source = entry.get("source")
     if source is not None:
         source = Path(source) if Path(source).exists() else ROOT / source
         if not source.exists():
             advice = f"; to get it: {hint}" if hint else ""
-            names = ", ".join(sorted(set(task["datasets"]) - {"path"}))
             raise FileNotFoundError(
-                f"task.data: got {name!r} ({source}), which does not exist; allowed: {names} or a path{advice}"
+                f"task.data: got {name!r}{nearest(name, names)} ({source}), which does not exist;"
+                f" allowed: {', '.join(names)} or a path{advice}"
             )
         entry["source"] = source
     return make_data(entry.pop("maker"), cache_dir=cache_dir, **entry)
@@ -91,10 +95,12 @@ def run(config, run_dir, resume=False):
     print(f"run: {run_dir}")
     torch.manual_seed(config.seed)
     options = OmegaConf.to_container(config, resolve=True)
-    train_data, val_data = build_datasets(options, locate_data(options["task"], options["cache_dir"]))
-    print(f"data: {len(train_data)} training windows, {len(val_data) if val_data else 0} held out")
-    model = build_model(options)
+    model = build_model(options)  # before the data, whose rendering takes a minute: a wrong option shows at once
     print(describe_model(model) + "\n" + start_encoder(model, options["encoder"]))
+    with PartialState().main_process_first():  # the others find what it rendered
+        path = locate_data(options["task"], options["cache_dir"])
+    train_data, val_data = build_datasets(options, path)
+    print(f"data: {len(train_data)} training windows, {len(val_data) if val_data else 0} held out")
     model.fit_normalizer(train_data)
     is_policy = hasattr(model, "sample")
     trainer = Trainer(
@@ -119,6 +125,8 @@ def run(config, run_dir, resume=False):
 
 
 def _evaluator(options, run_dir):
+    make_env(**options["task"]["env"])  # a simulator that is not installed shows now, not after the first epochs
+
     def evaluate(policy, epoch):
         summary, films = rollout(policy, options["task"]["env"], **options["rollout"])
         write_results(run_dir / "rollouts" / f"epoch_{epoch:04d}", summary, films)
@@ -130,6 +138,8 @@ def _evaluator(options, run_dir):
 
 def _tracker(options, run_dir):
     mode = options["wandb"]["mode"]
+    if mode not in ("disabled", "offline", "online"):
+        raise ValueError(f"wandb.mode: got {mode!r}, allowed: disabled, offline, online")
     if mode == "disabled":
         return lambda line: None
     import wandb
@@ -139,7 +149,12 @@ def _tracker(options, run_dir):
 
 
 def run_dir_for(resume, task, preset):
-    """The folder of a run: the resumed one, or a new one named after task, preset and time."""
+    """The folder of a run: the resumed one, or a new one named after task, preset and time.
+
+    Of several processes only the first names and makes it; the others hear of it in ``main``.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        return "."
     return resume or f"runs/{task}/{preset}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
@@ -150,16 +165,16 @@ OmegaConf.register_new_resolver("given", lambda value: value != "none", replace=
 @hydra.main(config_path="config", config_name="typea", version_base="1.3")
 @command
 def main(config):
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    PartialState(cpu=config.device == "cpu")
+    run_dir = Path(broadcast_object_list([HydraConfig.get().runtime.output_dir])[0])
     resume = config.resume is not None
     if resume:
         config = stored_config(run_dir, HydraConfig.get().overrides.task)
+    check_types(config)
     run(config, run_dir, resume)
 
 
 if __name__ == "__main__":
-    import os
-
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach ``command``, which prints one line
     sys.argv[1:] = choose_preset(sys.argv[1:])
     command(main)()

@@ -10,7 +10,6 @@ import warnings
 import numpy as np
 
 WORLD_SIZE = 512.0
-SUCCESS_COVERAGE = 0.95
 
 
 def keypoints(states):

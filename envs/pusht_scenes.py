@@ -14,10 +14,9 @@ import numpy as np
 import zarr
 from tqdm import tqdm
 
-from envs.pusht import WORLD_SIZE, keypoints, render_states
+from envs.pusht import keypoints, render_states
+from envs.pusht_geometry import AGENT_RADIUS, ARENA, GOAL_ANGLE, GOAL_X, GOAL_Y, RECTANGLES
 
-AGENT_RADIUS = 15.0  # px
-GOAL_POSE = np.array([256.0, 256.0, np.pi / 4])  # x px, y px, angle rad
 CHUNK = 256  # frames rendered at once and stored together
 
 
@@ -28,7 +27,7 @@ def sample_states(count, rng):
     """
     near_goal = rng.random(count) < 1 / 3
     anywhere = np.column_stack([rng.uniform(60, 452, (count, 2)), rng.uniform(-np.pi, np.pi, count)])
-    around = GOAL_POSE + rng.normal(size=(count, 3)) * [25.0, 25.0, 0.3]
+    around = np.array([GOAL_X, GOAL_Y, GOAL_ANGLE]) + rng.normal(size=(count, 3)) * [25.0, 25.0, 0.3]
     blocks = np.where(near_goal[:, None], around, anywhere)
     blocks[:, 2] %= 2 * np.pi
     agents = np.full((count, 2), np.nan)
@@ -53,8 +52,8 @@ def _distance_to_block(points, blocks):
     cos, sin = np.cos(blocks[:, 2]), np.sin(blocks[:, 2])
     local = np.column_stack([cos * offset[:, 0] + sin * offset[:, 1], -sin * offset[:, 0] + cos * offset[:, 1]])
     distances = []
-    for low, high in (([-60, 0], [60, 30]), ([-15, 30], [15, 120])):  # bar and stem, block frame
-        outside = np.maximum(np.maximum(np.array(low) - local, local - np.array(high)), 0)
+    for low, high in RECTANGLES.reshape(2, 2, 2):  # bar and stem, block frame
+        outside = np.maximum(np.maximum(low - local, local - high), 0)
         distances.append(np.hypot(*outside.T))
     return np.minimum(*distances)
 
@@ -105,7 +104,7 @@ def ensure_images(source, *, cache_dir, image_size=96):
     """Path of a copy of the data set ``source`` that holds images, rendered once and cached under ``cache_dir``.
 
     A source that already stores ``data/img`` is returned as it is. Raises FileNotFoundError for a missing source
-    and ValueError for one without states.
+    and ValueError for one without states, damaged or inconsistent.
     """
     source = Path(source)
     if not source.exists():
@@ -114,10 +113,18 @@ def ensure_images(source, *, cache_dir, image_size=96):
     if "data/img" in root:
         return source
     if "data/state" not in root or "data/action" not in root or "meta/episode_ends" not in root:
-        raise ValueError(f"{source}: got a zarr without data/state, data/action and meta/episode_ends")
-    states = root["data/state"][:]
-    action = root["data/action"][:]
-    ends = root["meta/episode_ends"][:]
+        raise ValueError(
+            f"{source}: got neither data/img to see nor data/state to render, allowed: a replay buffer with data/img,"
+            " or with data/state, data/action and meta/episode_ends"
+        )
+    states, action, ends = (_read(root, name, source) for name in ("data/state", "data/action", "meta/episode_ends"))
+    if states.ndim != 2 or states.shape[1] != 5 or not np.isfinite(states).all():
+        raise ValueError(f"{source}: data/state: got shape {states.shape} or NaN, allowed: (F, 5) finite numbers")
+    if not len(states) == len(action) == ends.max(initial=0):
+        raise ValueError(
+            f"{source}: got {len(states)} states, {len(action)} actions and episodes that end at"
+            f" {ends.max(initial=0)}, allowed: as many of each"
+        )
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (states, action, ends)))
     target = Path(cache_dir) / f"{source.name.split('.')[0]}_{image_size}px_{digest.hexdigest()[:12]}.zarr"
     if not target.exists():
@@ -146,10 +153,25 @@ def ensure_scenes(*, cache_dir, frames, seed=0, image_size=96):
 
 def scene_targets(states):
     """What a picture should be read as: keypoints (F, 18) float32, px / 256 - 1."""
-    return (keypoints(states).reshape(len(states), -1) / (WORLD_SIZE / 2) - 1).astype(np.float32)
+    return (keypoints(states).reshape(len(states), -1) / (ARENA / 2) - 1).astype(np.float32)
 
 
 def _open_group(path):
-    if path.suffix == ".zip":
-        return zarr.open_group(zarr.storage.ZipStore(str(path), mode="r"), mode="r")
-    return zarr.open_group(str(path), mode="r")
+    try:
+        if path.suffix == ".zip":
+            return zarr.open_group(zarr.storage.ZipStore(str(path), mode="r"), mode="r")
+        return zarr.open_group(str(path), mode="r")
+    except Exception as error:  # zarr, zipfile and json each have their own ways to fail on a broken store
+        raise ValueError(f"{path}: got something that is not a readable zarr group ({error})") from error
+
+
+def _read(root, name, source):
+    """The whole array; a missing chunk, which zarr reads as zeros, is an error."""
+    array = root[name]
+    if array.nchunks_initialized != array.nchunks:
+        chunks = f"{array.nchunks_initialized} of {array.nchunks} chunks"
+        raise ValueError(f"{source}: {name}: got {chunks}, allowed: all (a truncated copy?)")
+    try:
+        return array[:]
+    except Exception as error:  # codecs raise whatever their C library does
+        raise ValueError(f"{source}: {name}: got a chunk that cannot be decoded ({error})") from error

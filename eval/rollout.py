@@ -21,7 +21,7 @@ from policy.checkpoint import load_policy
 
 # Matrix products may round differently for different batch sizes, and contacts amplify that; every policy call
 # therefore has this many rows (the last ones repeat one), whatever the number of environments.
-POLICY_BATCH = 10
+POLICY_BATCH = 25
 NUM_ENVS = 50
 
 
@@ -138,7 +138,7 @@ def main(argv=None):
     parser.add_argument("--videos", type=int, default=9, help="episodes to film")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps, default as trained")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=None, help="default: rollouts/ beside the checkpoint's run")
+    parser.add_argument("--output", type=Path, default=None, help="default: rollouts/NAME")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; allowed here: cpu")
@@ -152,7 +152,7 @@ def main(argv=None):
         videos=args.videos,
         num_inference_steps=args.steps,
     )
-    output = args.output or Path("runs") / "rollouts" / Path(args.checkpoint).stem
+    output = args.output or Path("rollouts") / Path(args.checkpoint).stem
     write_results(output, {"checkpoint": str(args.checkpoint), **summary}, films)
     print(describe(summary))
     print(f"wrote {output}/summary.json" + (f" and {output}/rollout.mp4" if films else ""))

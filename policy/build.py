@@ -5,6 +5,7 @@ import torch
 from tqdm import tqdm
 
 from policy.dataset import FrameDataset, ReplayBuffer, WindowDataset, split_episodes
+from policy.dataset.windows import observed
 from policy.diffusion import DiffusionPolicy
 from policy.keypoints import KeypointRegressor
 from policy.registry import lookup
@@ -32,10 +33,10 @@ def build_datasets(config, path):
     task, data, model = config["task"], config["data"], config["model"]
     shape_meta = task["shape_meta"]
     target = "keypoint" if model["name"] == "keypoints" else "action"
-    observed = shape_meta["obs"]
+    obs_meta = shape_meta["obs"]
     if target == "keypoint":  # pre-training sees images only
-        observed = {key: spec for key, spec in observed.items() if spec["type"] == "rgb"}
-    sources = {**observed, target: shape_meta[target]}
+        obs_meta = {key: spec for key, spec in obs_meta.items() if spec["type"] == "rgb"}
+    sources = {**obs_meta, target: shape_meta[target]}
     buffer = ReplayBuffer.open(path, sources, storage=config["storage"], cache_dir=config["cache_dir"])
     train, val = split_episodes(
         buffer.num_episodes,
@@ -49,10 +50,10 @@ def build_datasets(config, path):
             return None
         if target == "keypoint":
             frames = np.concatenate([np.arange(*edge) for edge in _edges(buffer.episode_ends)[episodes]])
-            return FrameDataset(buffer, obs_keys=observed, target_key=target, frames=frames)
+            return FrameDataset(buffer, obs_keys=obs_meta, target_key=target, frames=frames)
         return WindowDataset(
             buffer,
-            obs_keys=observed,
+            obs_keys=obs_meta,
             horizon=model["horizon"],
             obs_steps=model["obs_steps"],
             pad_after=data["pad_after"],
@@ -69,19 +70,24 @@ def _edges(episode_ends):
 
 @torch.no_grad()
 def cache_features(policy, datasets, *, batch_size=256, device="cpu", precision="fp32"):
-    """Encode every frame once with the frozen encoder (centre crop) and let ``datasets`` read features, not images."""
+    """Encode every frame of ``datasets`` once with the frozen encoder (centre crop) and let them read features.
+
+    The images are dropped from the shared buffer: hundreds of MB that nothing reads any more.
+    """
     encoder = policy.encoder
     buffer = datasets[0].buffer
-    features = np.empty((buffer.num_frames, encoder.feature_dim), np.float32)
+    episodes = np.concatenate([dataset.episodes for dataset in datasets])
+    frames = np.concatenate([np.arange(*edge) for edge in _edges(buffer.episode_ends)[episodes]])
+    features = np.zeros((buffer.num_frames, encoder.feature_dim), np.float32)
     encoder.to(device).eval()
-    starts = range(0, buffer.num_frames, batch_size)
-    for start in tqdm(starts, desc="encoding frames once", unit="batch", leave=False, dynamic_ncols=True):
-        images = {key: buffer.arrays[key][start : start + batch_size] for key in encoder.cameras}
-        images = {key: torch.from_numpy(np.moveaxis(a, -1, 1)).to(device) for key, a in images.items()}
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            features[start : start + batch_size] = encoder.encode_images(images).float().cpu().numpy()
+    with tqdm(total=len(frames), desc="encoding frames once", unit="frame", leave=False, dynamic_ncols=True) as bar:
+        for chunk in np.array_split(frames, -(-len(frames) // batch_size)):
+            images = {key: torch.from_numpy(observed(buffer.arrays[key][chunk])).to(device) for key in encoder.cameras}
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+                features[chunk] = encoder.encode_images(images).float().cpu().numpy()
+            bar.update(len(chunk))
     for key in encoder.cameras:
-        del buffer.arrays[key]  # hundreds of MB that nothing reads any more
+        del buffer.arrays[key]
     buffer.arrays["features"] = features
     for dataset in datasets:
         dataset.obs_keys = [*encoder.low_dim, "features"]

@@ -6,6 +6,7 @@ loading never executes code.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -24,19 +25,29 @@ def save_checkpoint(path, tensors, *, config, state):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
+    # A folder, because safetensors writes to a temporary file of its own beside its target; a killed process leaves it.
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     metadata = {"format": FORMAT, "config": json.dumps(config), "state": json.dumps(state)}
-    # Views that share memory (an expanded or tied parameter) would be refused, so every tensor is made its own.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    memory = set()
+    for name, tensor in tensors.items():
+        # safetensors refuses tensors that share memory (tied parameters, views), so all but the first are copied.
+        if tensor.untyped_storage().data_ptr() in memory:
+            tensors[name] = tensor.clone()
+        memory.add(tensor.untyped_storage().data_ptr())
     try:
-        save_file(tensors, partial, metadata=metadata)
-        with open(partial, "rb") as file:
+        partial.mkdir()
+        written = partial / path.name
+        save_file(tensors, written, metadata=metadata)
+        written.chmod(partial.stat().st_mode & 0o666)  # safetensors makes it readable by its owner alone
+        with open(written, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(written, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"checkpoint {path} was not written ({error}); the previous one is untouched") from error
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_checkpoint(path, prefix=""):
@@ -52,13 +63,14 @@ def load_checkpoint(path, prefix=""):
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path}: got format {metadata.get('format')!r}, allowed: {FORMAT!r}")
+            config, state = json.loads(metadata["config"]), json.loads(metadata["state"])
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
             tensors = {name[len(prefix) :]: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path}: got a damaged or foreign file ({error}), allowed: a checkpoint of this project"
         ) from error
-    return tensors, json.loads(metadata["config"]), json.loads(metadata["state"])
+    return tensors, config, state
 
 
 def find_checkpoint(run_or_checkpoint):
@@ -95,7 +107,9 @@ def load_model(run_or_checkpoint, device="cpu"):
     """The model of a checkpoint with EMA weights, in evaluation mode; ``model.config`` is its configuration."""
     path = find_checkpoint(run_or_checkpoint)
     tensors, config, _ = load_checkpoint(path, prefix="ema.")
-    model = build_model(config)
+    # Weights from elsewhere would be downloaded, only to be overwritten.
+    encoder = {key: value for key, value in config["encoder"].items() if key != "pretrained"}
+    model = build_model({**config, "encoder": encoder})
     load_weights(model, tensors, str(path))
     model.config = config
     return model.to(device).eval()

@@ -42,9 +42,9 @@ class DiffusionPolicy(nn.Module):
         self._check_relative(obs_meta)
         low_dim = {key: spec["shape"] for key, spec in obs_meta.items() if spec["type"] == "low_dim"}
         action_shape = (horizon, self.action_dim) if self.relative_to else (self.action_dim,)
-        self.normalizer = Normalizer({**low_dim, "action": action_shape})
+        normalizer = Normalizer({**low_dim, "action": action_shape})
         self.encoder = ObservationEncoder(
-            shape_meta=obs_meta, crop=crop, encoder=encoder, attention=attention, normalizer=self.normalizer
+            shape_meta=obs_meta, crop=crop, encoder=encoder, attention=attention, normalizer=normalizer
         )
         self.denoiser = ConditionalUNet1D(
             action_dim=self.action_dim, condition_dim=obs_steps * self.encoder.out_dim, **denoiser
@@ -68,6 +68,11 @@ class DiffusionPolicy(nn.Module):
         train_steps = self.noise_scheduler.config.num_train_timesteps
         if not 1 <= steps <= train_steps:
             raise ValueError(f"num_inference_steps: got {steps}, allowed: 1 to {train_steps}")
+
+    @property
+    def normalizer(self):
+        """Of low-dim keys and actions; the observation encoder owns it, so that it is saved once."""
+        return self.encoder.normalizer
 
     # Training -------------------------------------------------------------------------------------------------
 
@@ -124,6 +129,8 @@ class DiffusionPolicy(nn.Module):
         batch, steps = self.encoder.check(obs)
         if steps != self.obs_steps:
             raise ValueError(f"obs: got {steps} steps, allowed: {self.obs_steps}")
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"generator: got a list of {len(generator)}, allowed: one, or a list of {batch} (B)")
         if num_inference_steps is None:
             num_inference_steps = self.num_inference_steps
         self._check_inference_steps(num_inference_steps)

@@ -53,17 +53,20 @@ class ReplayBuffer:
         if storage == "mmap" and cache_dir is None:
             raise ValueError("storage: got 'mmap' without cache_dir, allowed: mmap with a cache_dir")
         root = open_zarr(path)
-        if "meta/episode_ends" not in root:
+        ends = _find_array(root, "meta/episode_ends", path)
+        if ends is None:
             raise ValueError(f"{path}: got no meta/episode_ends, allowed: a replay buffer with data/ and meta/")
-        ends = _read_checked(root["meta/episode_ends"], path)
-        arrays, present = {}, sorted(root["data"].array_keys()) if "data" in root else []
+        ends = _read_checked(ends, path)
+        arrays = {}
         for key, spec in sources.items():
             source = spec["source"]
-            if source not in present:
+            array = _find_array(root, f"data/{source}", path)
+            if array is None:
+                data = root.get("data")
+                present = sorted(data.array_keys()) if isinstance(data, zarr.Group) else []
                 raise ValueError(
                     f"{path}: got no data/{source} for {key!r}, allowed: {', '.join(present) or 'nothing'}"
                 )
-            array = root[f"data/{source}"]
             _check_shape(array, spec, f"{path}: data/{source}")
             decode = _decode_image if spec["type"] == "rgb" else _decode_low_dim
             columns = spec.get("columns")
@@ -87,6 +90,15 @@ def open_zarr(path):
         raise ValueError(f"{path}: got something that is not a readable zarr group ({error})") from error
 
 
+def _find_array(root, name, path):
+    """The array called ``name``, None where there is none."""
+    try:
+        node = root.get(name)
+    except Exception as error:  # json and zarr each have their own ways to fail on a broken description
+        raise ValueError(f"{path}: {name}: got a description that cannot be read ({error})") from error
+    return node if isinstance(node, zarr.Array) else None
+
+
 def _check_episode_ends(ends, path):
     if ends.ndim != 1 or len(ends) == 0:
         raise ValueError(f"{path}: episode_ends: got shape {ends.shape}, allowed: (E,) with E >= 1")
@@ -99,6 +111,8 @@ def _check_episode_ends(ends, path):
 def _check_shape(array, spec, name):
     shape = tuple(array.shape[1:])
     expected = tuple(spec["shape"])
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: got type {array.dtype}, allowed: numbers")
     if spec["type"] == "rgb":
         channels, height, width = expected
         expected = (height, width, channels)  # stored channels last
@@ -111,18 +125,19 @@ def _check_shape(array, spec, name):
         raise ValueError(f"{name}: got shape per frame {shape}, allowed: {expected} (shape_meta)")
 
 
-def _decode_image(block, name):
+def _decode_image(block, name, start):
     if block.dtype == np.uint8:
         return block
     if not (np.isfinite(block).all() and block.min() >= 0 and block.max() <= 255):
-        raise ValueError(f"{name}: got pixels outside 0..255 or not finite, allowed: 0..255")
+        last = start + len(block) - 1
+        raise ValueError(f"{name}: got pixels outside 0..255 in frames {start} to {last}, allowed: 0..255")
     return np.round(block).astype(np.uint8)
 
 
-def _decode_low_dim(block, name):
+def _decode_low_dim(block, name, start):
     if not np.isfinite(block).all():
-        frame = int(np.argwhere(~np.isfinite(block))[0][0])
-        raise ValueError(f"{name}: got NaN or inf (first in frame {frame} of its block), allowed: finite numbers")
+        frame = start + int(np.argwhere(~np.isfinite(block))[0][0])
+        raise ValueError(f"{name}: got NaN or inf in frame {frame}, allowed: finite numbers")
     return block.astype(np.float32)
 
 
@@ -139,7 +154,7 @@ def _blocks(array, decode, columns, path):
     if array.nchunks_initialized != array.nchunks:
         raise ValueError(
             f"{path}: {array.path}: got {array.nchunks_initialized} of {array.nchunks} chunks, allowed: all"
-            " (a truncated copy?)"
+            " (a truncated copy? To store a chunk of zeros, zarr needs write_empty_chunks)"
         )
     frame_bytes = int(np.prod(array.shape[1:])) * array.dtype.itemsize
     step = max(BLOCK_BYTES // max(frame_bytes, 1), 1)
@@ -149,7 +164,7 @@ def _blocks(array, decode, columns, path):
         block = _read_checked(array, path, slice(start, start + step))
         if columns is not None:
             block = block[..., list(columns)]
-        yield start, decode(block, f"{path}: {array.path}")
+        yield start, decode(block, f"{path}: {array.path}", start)
 
 
 def _decode_all(array, decode, columns, path, create=np.empty):
@@ -164,9 +179,11 @@ def _decode_all(array, decode, columns, path, create=np.empty):
 
 
 def _memory_map(array, decode, columns, path, cache_dir):
-    """A read-only memory map of the decoded array; decoded again when the source was modified since."""
-    stamp = max((p.stat().st_mtime_ns for p in [Path(path), *Path(path).glob(f"{array.path}/.z*")]), default=0)
-    identity = f"{Path(path).resolve()} {array.path} {array.shape} {columns} {stamp}"
+    """A read-only memory map of the decoded array; decoded again when a file of the source was modified since."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted((path / array.path).rglob("*"))
+    stamps = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    identity = f"{path.resolve()} {array.path} {decode.__name__} {columns} {stamps}"
     target = Path(cache_dir) / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ def window_frames(episode_ends, *, horizon, pad_before, pad_after, episodes=None
             " allowed: horizon >= 1 and pads from 0 to horizon - 1"
         )
     starts = np.concatenate([[0], episode_ends[:-1]])
-    episodes = np.arange(len(episode_ends)) if episodes is None else np.asarray(episodes)
+    episodes = np.arange(len(episode_ends)) if episodes is None else np.asarray(episodes, dtype=np.int64)
     windows = []
     for first, end in zip(starts[episodes], episode_ends[episodes], strict=True):
         origin = np.arange(first - pad_before, end - horizon + pad_after + 1)
@@ -51,6 +51,8 @@ def split_episodes(num_episodes, *, val_ratio, seed, max_train=None):
         raise ValueError(f"val_ratio: got {val_ratio}, allowed: 0 <= val_ratio < 1")
     if max_train is not None and max_train < 1:
         raise ValueError(f"max_train_episodes: got {max_train}, allowed: >= 1 or null")
+    if seed < 0:
+        raise ValueError(f"seed: got {seed}, allowed: >= 0")
     order = np.random.default_rng(seed).permutation(num_episodes)
     num_val = max(1, round(val_ratio * num_episodes)) if val_ratio > 0 else 0
     if num_val >= num_episodes:
@@ -90,7 +92,7 @@ class WindowDataset:
         self.buffer = buffer
         self.obs_keys = list(obs_keys)
         self.obs_steps = obs_steps
-        self.episodes = np.arange(buffer.num_episodes) if episodes is None else np.asarray(episodes)
+        self.episodes = np.arange(buffer.num_episodes) if episodes is None else np.asarray(episodes, dtype=np.int64)
         self.windows = window_frames(
             buffer.episode_ends, horizon=horizon, pad_before=obs_steps - 1, pad_after=pad_after, episodes=self.episodes
         )

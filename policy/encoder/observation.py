@@ -66,7 +66,7 @@ class ObservationEncoder(nn.Module):
         parts = []
         if self.cameras:
             parts.append(obs["features"] if "features" in obs else self.encode_images(obs, crop_position))
-        parts += [self.normalizer.normalize(key, obs[key]) for key in self.low_dim]
+        parts += [self.normalizer.normalize(key, obs[key].float()) for key in self.low_dim]
         return torch.cat(parts, dim=-1)
 
     def check(self, obs):

@@ -15,8 +15,8 @@ class ResNet18Encoder(nn.Module):
 
     def __init__(self, *, image_size, num_keypoints=32, out_dim=64):
         super().__init__()
-        if image_size < 32:
-            raise ValueError(f"image size: got {image_size}, allowed: at least 32 px for a ResNet-18")
+        if image_size <= 32:  # a feature map of one cell, whose spatial softmax sees nothing
+            raise ValueError(f"image size: got {image_size}, allowed: at least 33 px for a ResNet-18")
         resnet = torchvision.models.resnet18(norm_layer=lambda channels: nn.GroupNorm(channels // 16, channels))
         self.backbone = nn.Sequential(*list(resnet.children())[:-2])  # (B, 512, h/32, w/32)
         side = -(-image_size // 32)

@@ -13,8 +13,12 @@ class SpatialSoftmax(nn.Module):
 
     def __init__(self, channels, num_keypoints, grid):
         super().__init__()
-        self.to_keypoints = nn.Conv2d(channels, num_keypoints, kernel_size=1)
         rows, columns = grid
+        if rows * columns < 2:
+            raise ValueError(
+                f"spatial softmax: got a {rows}x{columns} grid, allowed: at least 2 cells (one has no place)"
+            )
+        self.to_keypoints = nn.Conv2d(channels, num_keypoints, kernel_size=1)
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
         self.register_buffer("coordinates", torch.stack([x.flatten(), y.flatten()], dim=1), persistent=False)
         self.out_dim = 2 * num_keypoints

@@ -1,6 +1,7 @@
 """Vision transformer encoder: timm's ``VisionTransformer`` with the attention of every block replaced by ours."""
 
 import timm
+from timm.models import is_model_in_modules
 from torch import nn
 
 from policy.attention import build_attention
@@ -8,6 +9,7 @@ from policy.encoder.spatial_softmax import SpatialSoftmax
 
 POOLS = ("mean", "cls", "spatial_softmax")
 STEMS = ("patch", "conv")
+ATTENTION_PARAMETERS = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
 
 
 class ConvStem(nn.Module):
@@ -77,8 +79,10 @@ class ViTEncoder(nn.Module):
         overrides = {key: value for key, value in sizes.items() if value is not None}
         if stem == "conv":
             overrides["embed_layer"] = ConvStem
-        if not timm.is_model(arch) or not arch.startswith(("vit_", "deit_")):
-            raise ValueError(f"arch: got {arch!r}, allowed: a timm ViT name, see timm.list_models('vit_*')")
+        if not is_model_in_modules(arch, ("vision_transformer", "deit")) or "distilled" in arch:
+            raise ValueError(
+                f"arch: got {arch!r}, allowed: a plain timm ViT, timm.list_models(module='vision_transformer')"
+            )
         self.vit = timm.create_model(
             arch,
             pretrained=pretrained,
@@ -90,6 +94,12 @@ class ViTEncoder(nn.Module):
             drop_path_rate=drop_path,
             **overrides,
         )
+        if any(_attention_parameters(block) != ATTENTION_PARAMETERS for block in self.vit.blocks):
+            raise ValueError(
+                f"arch: got {arch!r}, allowed: a timm ViT whose attention is plain (qkv and proj with bias)"
+            )
+        if pool == "cls" and self.vit.cls_token is None:
+            raise ValueError(f"pool: got 'cls', allowed: mean, spatial_softmax ({arch} has no class token)")
         self.prefix_tokens = self.vit.num_prefix_tokens
         self.grid = self.vit.patch_embed.grid_size
         self._replace_attention(dict(attention))
@@ -133,6 +143,10 @@ class ViTEncoder(nn.Module):
         else:
             pooled = self.keypoints(patches.transpose(1, 2).unflatten(2, self.grid))
         return self.readout(pooled)
+
+
+def _attention_parameters(block):
+    return set(block.attn.state_dict()) if hasattr(block, "attn") else None
 
 
 def _check_geometry(image_size, patch_size, stem, pool, drop_remainder):

@@ -1,0 +1,465 @@
+"""Fibottention against brute force written from its description (arXiv 2406.19391), and every registered mechanism."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from policy.attention import (
+    ATTENTIONS,
+    build_attention,
+    fibottention,
+    fibottention_mask,
+    list_attentions,
+    shuffle_heads,
+    wythoff_offsets,
+)
+
+TOKENS, HEADS = (49, 100, 196, 784), (3, 6, 12)
+VARIANTS = [(variant, modified) for variant in ("paper", "robot") for modified in (False, True)]
+
+
+# Independent references ------------------------------------------------------------------------------------------
+
+
+def golden_floor(i):
+    """floor(i * golden ratio) in exact integers."""
+    return (i + math.isqrt(5 * i * i)) // 2
+
+
+def reference_offsets(num_tokens, num_heads, variant, modified):
+    heads = []
+    for i in range(1, num_heads + 1):
+        a = golden_floor(golden_floor(i))
+        b = a + golden_floor(i)  # phi^2 = phi + 1
+        if variant == "robot":
+            window = num_tokens
+        else:
+            window = 5 + (int((num_tokens // 3 - 5) / (num_heads - 1) * (i - 1)) if num_heads > 1 else 0)
+        terms = [2 * a - b, b - a] if modified and variant == "paper" else [a, b]
+        while len(terms) < 60:
+            terms.append(terms[-1] + terms[-2])
+        kept = {terms[0]} | {term for term in terms if term <= window}
+        if modified and variant == "robot" and i > 1:
+            kept |= {2 * a - b, b - a}
+        heads.append(tuple(sorted(kept)))
+    return tuple(heads)
+
+
+def reference_mask(offsets, num_tokens, prefix):
+    mask = np.zeros((len(offsets), prefix + num_tokens, prefix + num_tokens), bool)
+    mask[:, :prefix, :] = True
+    mask[:, :, :prefix] = True
+    for head, head_offsets in enumerate(offsets):
+        for j in range(num_tokens):
+            for o in head_offsets:
+                for other in (j - o, j + o):
+                    if 0 <= other < num_tokens:
+                        mask[head, prefix + j, prefix + other] = True
+    return mask
+
+
+def reference_attention(q, k, v, mask, masked_score, scale):
+    """Query by query in float64 numpy; q, k, v (H, M, D), mask (H, M, M)."""
+    out = np.zeros_like(v)
+    for head in range(len(q)):
+        for i in range(q.shape[1]):
+            scores = (k[head] @ q[head, i]) * scale
+            if masked_score == "zero":
+                keys, scores = slice(None), np.where(mask[head, i], scores, 0.0)
+            else:
+                keys = np.flatnonzero(mask[head, i])
+                scores = scores[keys]
+            if scores.size:
+                weights = np.exp(scores - scores.max())
+                out[head, i] = weights @ v[head, keys] / weights.sum()
+    return out
+
+
+def qkv(heads, tokens, width, *, batch=1, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, batch, heads, tokens, width, generator=generator, dtype=dtype).unbind(0)
+
+
+# Offsets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variant", "modified"), VARIANTS)
+@pytest.mark.parametrize("heads", [1, *HEADS, 16])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 81, 1568, *TOKENS])
+def test_offsets_equal_the_description(tokens, heads, variant, modified):
+    offsets = wythoff_offsets(tokens, heads, variant=variant, modified=modified)
+    assert offsets == reference_offsets(tokens, heads, variant, modified)
+    assert all(type(o) is int for head in offsets for o in head)
+
+
+def test_offsets_worked_by_hand():
+    """Rows (1, 2), (4, 7), (6, 10), (9, 15) of the Wythoff array; windows 5, 25, 45, 65 of N = 196 and 4 heads."""
+    plain = ((1, 2, 3, 5), (4, 7, 11, 18), (6, 10, 16, 26, 42), (9, 15, 24, 39, 63))
+    assert wythoff_offsets(196, 4, modified=False) == plain
+    assert wythoff_offsets(196, 4) == (
+        (0, 1, 2, 3, 5),
+        (1, 3, 4, 7, 11, 18),
+        (2, 4, 6, 10, 16, 26, 42),
+        (3, 6, 9, 15, 24, 39, 63),
+    )
+    assert wythoff_offsets(16, 2, variant="robot") == ((1, 2, 3, 5, 8, 13), (1, 3, 4, 7, 11))
+    assert wythoff_offsets(9, 3, modified=False) == ((1, 2, 3, 5), (4,), (6,))  # the first term stays, 6 > window 3
+
+
+def test_plain_heads_share_no_offset_and_cover_all_distances():
+    """Every positive integer stands in the Wythoff array exactly once."""
+    offsets = wythoff_offsets(100, 60, modified=False, variant="robot")
+    together = [o for head in offsets for o in head if o <= 100]
+    assert sorted(together) == list(range(1, 101))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "variant", "plain", "modified"),
+    [(196, "paper", 1.99, 3.83), (100, "robot", 6.2, 9.6), (81, "robot", 6.8, 10.8)],
+)
+def test_densities_of_the_published_encoders(tokens, variant, plain, modified):
+    """Percent of the patch pairs, measured independently (notes/features.md, section 1.1)."""
+    for expected, flag in ((plain, False), (modified, True)):
+        offsets = wythoff_offsets(tokens, 12, variant=variant, modified=flag)
+        density = 100 * fibottention_mask(offsets, tokens, prefix_tokens=0).float().mean().item()
+        assert density == pytest.approx(expected, abs=0.05 if variant == "robot" else 0.005)
+
+
+def test_offsets_errors():
+    with pytest.raises(ValueError, match="variant: got 'image', allowed: 'paper', 'robot'"):
+        wythoff_offsets(100, 12, variant="image")
+    for sizes in ((0, 12), (100, 0)):
+        with pytest.raises(ValueError, match=rf"got {sizes[0]}, {sizes[1]}, allowed: both >= 1"):
+            wythoff_offsets(*sizes)
+
+
+@pytest.mark.parametrize("layer", range(12))
+def test_shuffle_is_the_published_one(layer):
+    offsets = wythoff_offsets(100, 12)
+    expected = list(offsets)
+    random.Random(layer).shuffle(expected)
+    random.seed(123)
+    state = random.getstate()
+    assert shuffle_heads(offsets, layer) == tuple(expected)
+    assert random.getstate() == state, "the global generator was touched"
+    random.seed(layer)  # what the authors do
+    again = list(offsets)
+    random.shuffle(again)
+    assert shuffle_heads(list(offsets), layer) == tuple(again)
+
+
+# Mask ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_mask_equals_brute_force(tokens, heads, prefix):
+    variants = VARIANTS if tokens < 784 else [VARIANTS[(heads + prefix) % 4]]
+    for variant, modified in variants:
+        offsets = wythoff_offsets(tokens, heads, variant=variant, modified=modified)
+        mask = fibottention_mask(offsets, tokens, prefix_tokens=prefix)
+        assert mask.dtype == torch.bool
+        np.testing.assert_array_equal(mask.numpy(), reference_mask(offsets, tokens, prefix))
+
+
+def test_mask_of_offsets_beyond_the_grid():
+    """The published code raises there; an offset of N or more simply joins no pair."""
+    mask = fibottention_mask(((0, 9, 50), (9,), (10,)), 10, prefix_tokens=0)
+    np.testing.assert_array_equal(mask.numpy(), reference_mask(((0, 9, 50), (9,), (10,)), 10, 0))
+    assert mask[1].sum() == 2 and mask[2].sum() == 0
+
+
+# Attention outputs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked_score", ["zero", "exclude"])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize(("variant", "modified"), VARIANTS)
+@pytest.mark.parametrize("tokens", [49, 100, 196])
+def test_attention_equals_brute_force(tokens, variant, modified, prefix, masked_score):
+    heads = {49: 12, 100: 6, 196: 3}[tokens]
+    offsets = wythoff_offsets(tokens, heads, variant=variant, modified=modified)
+    q, k, v = qkv(heads, prefix + tokens, 4)
+    out = fibottention(q, k, v, offsets, prefix_tokens=prefix, masked_score=masked_score)
+    mask = reference_mask(offsets, tokens, prefix)
+    expected = reference_attention(q[0].numpy(), k[0].numpy(), v[0].numpy(), mask, masked_score, scale=0.5)
+    np.testing.assert_allclose(out[0].numpy(), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("masked_score", ["zero", "exclude"])
+@pytest.mark.parametrize(("variant", "modified"), VARIANTS)
+def test_attention_of_784_tokens(variant, modified, masked_score):
+    offsets = wythoff_offsets(784, 12, variant=variant, modified=modified)[4:5]
+    q, k, v = qkv(1, 785, 2)
+    out = fibottention(q, k, v, offsets, masked_score=masked_score)
+    mask = reference_mask(offsets, 784, 1)
+    expected = reference_attention(q[0].numpy(), k[0].numpy(), v[0].numpy(), mask, masked_score, scale=2**-0.5)
+    np.testing.assert_allclose(out[0].numpy(), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_published_rule_has_an_exact_sparse_form(prefix):
+    """softmax row = [sum over S of (e^s - 1) v + sum of all v] / [sum over S of (e^s - 1) + P + N]."""
+    tokens, heads = 100, 3
+    offsets = wythoff_offsets(tokens, heads, variant="robot")
+    q, k, v = qkv(heads, prefix + tokens, 8, batch=2)
+    out = fibottention(q, k, v, offsets, prefix_tokens=prefix, masked_score="zero")
+    size = prefix + tokens
+    for head in range(heads):
+        everything = v[:, head].sum(dim=1)
+        for i in range(size):
+            if i < prefix:
+                attended = list(range(size))
+            else:
+                near = {i - prefix + sign * o for o in offsets[head] for sign in (-1, 1)}
+                attended = [*range(prefix), *(prefix + j for j in sorted(near) if 0 <= j < tokens)]
+            scores = (k[:, head, attended] @ q[:, head, i, :, None])[..., 0] / 8**0.5
+            extra = torch.expm1(scores)
+            numerator = (extra[..., None] * v[:, head, attended]).sum(dim=1) + everything
+            expected = numerator / (extra.sum(dim=1) + size)[:, None]
+            torch.testing.assert_close(out[:, head, i], expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("masked_score", ["zero", "exclude"])
+def test_float32_and_large_scores_stay_accurate(masked_score):
+    offsets = wythoff_offsets(49, 3, variant="robot")
+    q, k, v = qkv(3, 50, 8, seed=3)
+    q = 30 * q  # scores of about +-200, exp of which overflows float32 without a running maximum
+    exact = fibottention(q, k, v, offsets, masked_score=masked_score)
+    single = fibottention(q.float(), k.float(), v.float(), offsets, masked_score=masked_score)
+    assert torch.isfinite(single).all()
+    torch.testing.assert_close(single.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("tokens", "offsets"), [(49, ((30,), (1,))), (6, ((6, 9), (2,))), (6, ((), (0,)))])
+def test_rows_without_an_attended_pair(tokens, offsets):
+    """Possible without prefix tokens: mean of v under the published rule, nothing under the usual one."""
+    q, k, v = (x.requires_grad_() for x in qkv(2, tokens, 4))
+    empty = ~reference_mask(offsets, tokens, 0).any(axis=2)
+    assert empty[0].any() and not empty.all()
+    excluded = fibottention(q, k, v, offsets, prefix_tokens=0, masked_score="exclude")
+    assert (excluded[0][empty] == 0).all() and (excluded[0][~empty] != 0).all()
+    zero = fibottention(q, k, v, offsets, prefix_tokens=0, masked_score="zero")
+    mean = v.detach().mean(dim=2, keepdim=True).expand_as(v)
+    torch.testing.assert_close(zero.detach()[0][empty], mean[0][empty])
+    for out in (excluded, zero):
+        gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+        assert all(torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("masked_score", ["zero", "exclude"])
+@pytest.mark.parametrize(("prefix", "offsets"), [(1, ((0, 1, 3), (2,))), (0, ((5,), (1, 2))), (5, ((1,), (0,)))])
+def test_gradients(prefix, offsets, masked_score):
+    inputs = tuple(x.requires_grad_() for x in qkv(2, prefix + 6, 3))
+
+    def attend(q, k, v):
+        return fibottention(q, k, v, offsets, prefix_tokens=prefix, masked_score=masked_score, backend="dense")
+
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+
+
+def weights_of(offsets, **options):
+    """The attention weights (H, M, M): values that are one-hot read them off."""
+    size = options.pop("size")
+    q, k, _ = qkv(len(offsets), size, size)
+    v = torch.eye(size, dtype=q.dtype).expand_as(q)
+    return fibottention(q, k, v, offsets, **options)[0]
+
+
+@pytest.mark.parametrize("masked_score", ["zero", "exclude"])
+def test_weights_of_unattended_pairs(masked_score):
+    offsets = ((1,), (0, 2))
+    weights = weights_of(offsets, size=9, masked_score=masked_score)
+    unattended = ~torch.from_numpy(reference_mask(offsets, 8, 1))
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 9, dtype=weights.dtype))
+    if masked_score == "exclude":
+        assert (weights[unattended] == 0).all()
+    else:  # all unattended pairs of a row share one weight, exp(0) / sum
+        assert (weights > 0).all()
+        for row, off in zip(weights.flatten(0, 1), unattended.flatten(0, 1), strict=True):
+            if off.any():
+                assert row[off].max() == row[off].min()
+
+
+@pytest.mark.parametrize("masked_score", ["zero", "exclude"])
+def test_scale(masked_score):
+    offsets = wythoff_offsets(16, 2, variant="robot")
+    q, k, v = qkv(2, 17, 4)
+    default = fibottention(q, k, v, offsets, masked_score=masked_score)
+    torch.testing.assert_close(fibottention(q, k, v, offsets, masked_score=masked_score, scale=0.5), default)
+    doubled = fibottention(q, k, v, offsets, masked_score=masked_score, scale=1.0)
+    torch.testing.assert_close(doubled, fibottention(2 * q, k, v, offsets, masked_score=masked_score))
+    assert (doubled - default).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("masked_score", ["zero", "exclude"])
+def test_dropout_acts_on_the_weights(masked_score):
+    offsets = wythoff_offsets(16, 4, variant="robot")
+    plain = weights_of(offsets, size=17, masked_score=masked_score)
+    torch.manual_seed(0)
+    dropped = weights_of(offsets, size=17, masked_score=masked_score, dropout_p=0.25)
+    gone = dropped == 0
+    torch.testing.assert_close(dropped[~gone], plain[~gone] / 0.75)
+    lost = gone[plain > 0].double().mean().item()
+    assert 0.15 < lost < 0.35  # about 400 to 1156 weights: more than four standard deviations
+    torch.manual_seed(1)
+    assert not torch.equal(weights_of(offsets, size=17, masked_score=masked_score, dropout_p=0.25), dropped)
+
+
+def test_given_mask_and_backends_give_the_same():
+    offsets = wythoff_offsets(16, 2, variant="robot")
+    q, k, v = qkv(2, 17, 4, dtype=torch.float32)
+    mask = fibottention_mask(offsets, 16, prefix_tokens=1)
+    for masked_score in ("zero", "exclude"):
+        dense = fibottention(q, k, v, offsets, masked_score=masked_score, backend="dense")
+        torch.testing.assert_close(fibottention(q, k, v, offsets, masked_score=masked_score, backend="auto"), dense)
+        assert torch.equal(fibottention(q, k, v, offsets, masked_score=masked_score, mask=mask, backend="dense"), dense)
+
+
+def test_attention_errors_name_what_came_and_what_may():
+    offsets = wythoff_offsets(16, 2)
+    q, k, v = qkv(2, 17, 4)
+    with pytest.raises(ValueError, match="masked_score: got 'inf', allowed: 'zero', 'exclude'"):
+        fibottention(q, k, v, offsets, masked_score="inf")
+    with pytest.raises(ValueError, match="backend: got 'cuda', allowed: 'auto', 'dense'"):
+        fibottention(q, k, v, offsets, backend="cuda")
+    with pytest.raises(ValueError, match=r"offsets: got 3 heads, allowed: 2"):
+        fibottention(q, k, v, wythoff_offsets(16, 3))
+    for wrong in ((q[0], k[0], v[0]), (q, k[:, :, 1:], v), (q, k, v[..., 1:])):
+        with pytest.raises(ValueError, match=r"q, k, v: got \(.*allowed: one \(B, H, P\+N, D\)"):
+            fibottention(*wrong, offsets)
+    for prefix in (-1, 18):
+        with pytest.raises(ValueError, match=f"prefix_tokens: got {prefix}, allowed: 0 to 17"):
+            fibottention(q, k, v, offsets, prefix_tokens=prefix)
+
+
+# Every registered mechanism ------------------------------------------------------------------------------------------
+
+GEOMETRY = {"dim": 24, "num_heads": 3, "num_patches": 16, "grid": (4, 4), "layer": 1, "depth": 3, "prefix_tokens": 1}
+
+
+def build(name, **changes):
+    torch.manual_seed(0)
+    return build_attention(name, **{**GEOMETRY, **changes}).eval()
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("name", list_attentions())
+def test_contract_of_every_attention(name, prefix):
+    """Shape kept, samples independent, a gradient for every parameter and the input."""
+    attention = build(name, prefix_tokens=prefix)
+    x = torch.randn(2, prefix + 16, 24, requires_grad=True)
+    out = attention(x)
+    assert out.shape == x.shape and torch.isfinite(out).all()
+    other = torch.stack([x[0], torch.randn_like(x[1])])
+    torch.testing.assert_close(attention(other)[0], out[0], rtol=0, atol=1e-6)
+    out.square().sum().backward()
+    for label, tensor in [("x", x), *attention.named_parameters()]:
+        assert tensor.grad is not None and tensor.grad.abs().max() > 0, label
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_parameters_are_named_as_those_of_timm(name):
+    """So that pretrained ViT weights load; a mechanism may have further parameters of its own."""
+    own = {key: value.shape for key, value in build(name).state_dict().items()}
+    theirs = timm.layers.Attention(24, num_heads=3, qkv_bias=True).state_dict()
+    assert {key: own.get(key) for key in theirs} == {key: value.shape for key, value in theirs.items()}
+    assert "mask" not in own
+
+
+def test_registry_errors():
+    with pytest.raises(ValueError, match="attention: got 'fibotention' .did you mean 'fibottention'.*allowed: .*soft"):
+        build_attention("fibotention", **GEOMETRY)
+    with pytest.raises(ValueError, match="'fibottention' options: got varient, allowed: .*variant"):
+        build_attention("fibottention", **GEOMETRY, varient="paper")
+    with pytest.raises(ValueError, match=r"grid: got \(4, 5\), allowed: 16 patches"):
+        build_attention("softmax", **{**GEOMETRY, "grid": (4, 5)})
+    for name in ATTENTIONS:
+        with pytest.raises(ValueError, match="num_heads: got 5, allowed: a divisor of dim 24"):
+            build(name, num_heads=5)
+
+
+def test_softmax_equals_timm():
+    attention, theirs = build("softmax"), timm.layers.Attention(24, num_heads=3, qkv_bias=True)
+    theirs.load_state_dict(attention.state_dict())
+    x = torch.randn(2, 17, 24)
+    torch.testing.assert_close(attention(x), theirs(x))
+
+
+@pytest.mark.parametrize("masked_score", ["zero", "exclude"])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_module_equals_brute_force(prefix, masked_score):
+    attention = build("fibottention", prefix_tokens=prefix, masked_score=masked_score, variant="robot", layer=2)
+    attention.double()
+    x = torch.randn(1, prefix + 16, 24, dtype=torch.float64)
+    weights = {key: value.numpy() for key, value in attention.state_dict().items()}
+    projected = x[0].numpy() @ weights["qkv.weight"].T + weights["qkv.bias"]
+    q, k, v = projected.reshape(prefix + 16, 3, 3, 8).transpose(1, 2, 0, 3)  # each (H, M, D)
+    offsets = list(reference_offsets(16, 3, "robot", True))
+    random.Random(2).shuffle(offsets)
+    mask = reference_mask(offsets, 16, prefix)
+    mixed = reference_attention(q, k, v, mask, masked_score, scale=8**-0.5)
+    expected = mixed.transpose(1, 0, 2).reshape(prefix + 16, 24) @ weights["proj.weight"].T + weights["proj.bias"]
+    np.testing.assert_allclose(attention(x)[0].detach().numpy(), expected, rtol=0, atol=1e-13)
+    assert attention.density() == pytest.approx(mask[:, prefix:, prefix:].mean())
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_information_flows_along_the_mask_only(prefix):
+    """Jacobian of the module under "exclude": token i depends on j where some head attends, and on itself."""
+    attention = build("fibottention", prefix_tokens=prefix, masked_score="exclude", modified=False).double()
+    size = prefix + 16
+    x = torch.randn(1, size, 24, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: attention(x)[0].sum(dim=-1), x)[:, 0]  # (M, M, C)
+    reach = jacobian.abs().amax(dim=-1) > 0
+    mask = reference_mask(attention.offsets, 16, prefix)
+    assert not mask.any(axis=0).all(), "nothing to see: the heads together attend everywhere"
+    # A token's own query matters as soon as it weighs two keys against each other.
+    itself = np.diag((mask.sum(axis=2) > 1).any(axis=0))
+    np.testing.assert_array_equal(reach.numpy(), mask.any(axis=0) | itself)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("variant", "robot"), ("modified", False), ("masked_score", "exclude"), ("shuffle", False), ("qkv_bias", False)],
+)
+def test_every_option_changes_the_output(option, value):
+    x = torch.randn(1, 17, 24)
+    default = build("fibottention")
+    assert default.offsets != shuffle_heads(default.offsets, 1), "this layer's shuffle is the identity"
+    assert (build("fibottention", **{option: value})(x) - default(x)).abs().max() > 1e-4
+
+
+def test_layer_chooses_the_shuffle():
+    offsets = wythoff_offsets(16, 3)
+    for layer in range(6):
+        assert build("fibottention", layer=layer).offsets == shuffle_heads(offsets, layer)
+        assert build("fibottention", layer=layer, shuffle=False).offsets == offsets
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_attention_dropout_acts_in_training_only(name):
+    x = torch.randn(1, 17, 24)
+    attention = build(name, attn_drop=0.5)
+    torch.testing.assert_close(attention(x), build(name)(x))
+    attention.train()
+    torch.manual_seed(0)
+    assert (attention(x) - build(name)(x)).abs().max() > 1e-3
+
+
+def test_module_errors():
+    attention = build("fibottention")
+    with pytest.raises(ValueError, match="tokens: got 18, allowed: 1 prefix [+] 16 patch tokens"):
+        attention(torch.randn(1, 18, 24))
+    for switches in ({"attn_mask": torch.ones(17, 17, dtype=torch.bool)}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="attn_mask, is_causal"):
+            attention(torch.randn(1, 17, 24), **switches)
+    with pytest.raises(ValueError, match="masked_score: got 'none', allowed: 'zero', 'exclude'"):
+        build("fibottention", masked_score="none")
+    with pytest.raises(ValueError, match="backend: got 'fast', allowed: 'auto'"):
+        build("fibottention", backend="fast")

@@ -1,0 +1,447 @@
+"""Checkpoints survive kills, full disks and foreign files; loading executes nothing; the average of the weights."""
+
+import itertools
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import timm
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from policy import load_encoder, load_policy
+from policy.build import build_model
+from policy.checkpoint import (
+    FORMAT,
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    save_checkpoint,
+)
+from policy.ema import EMA
+from policy.keypoints import KeypointRegressor
+
+CONFIG = {"seed": 3, "names": ["a", "ü"], "nested": {"lr": 1e-4, "none": None, "flag": True}}
+STATE = {"step": 12, "scores": {"step=1.safetensors": 0.5}}
+
+
+def tensors(seed=0, size=50):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model.weight": torch.randn(size, 3, generator=generator),
+        "model.mask": torch.rand(7, generator=generator) > 0.5,
+        "ema.weight": torch.randn(size, 3, generator=generator).to(torch.bfloat16),
+        "optimizer.step.weight": torch.tensor(12.0),
+        "model.ids": torch.arange(5),
+    }
+
+
+def policy_checkpoint(path, seed=0, **options):
+    """The path of a checkpoint of a fresh tiny policy, and that policy."""
+    torch.manual_seed(seed)
+    config = tiny.policy_config(**options)
+    model = build_model(config).eval()
+    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(path, weights, config=config, state=STATE)
+    return path, model
+
+
+# Round trip ------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    path, saved = tmp_path / "a" / "b" / "x.safetensors", tensors()
+    shared = torch.arange(6.0)
+    saved["view"], saved["tied"], saved["transposed"] = shared[:3], shared, torch.arange(6).reshape(2, 3).T
+    saved["parameter"] = nn.Parameter(torch.ones(2))
+    saved["expanded"] = torch.ones(1).expand(4)
+    save_checkpoint(path, saved, config=CONFIG, state=STATE)
+    loaded, config, state = load_checkpoint(path)
+    assert config == CONFIG and state == STATE
+    assert set(loaded) == set(saved)
+    for name, tensor in saved.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+    assert list(tmp_path.rglob("*.partial*")) == []
+
+
+def test_prefix_chooses_tensors(tmp_path):
+    save_checkpoint(tmp_path / "x", tensors(), config=CONFIG, state=STATE)
+    loaded, config, _ = load_checkpoint(tmp_path / "x", prefix="ema.")
+    assert list(loaded) == ["weight"] and torch.equal(loaded["weight"], tensors()["ema.weight"]) and config == CONFIG
+    assert load_checkpoint(tmp_path / "x", prefix="none")[0] == {}
+
+
+def test_the_header_is_plain_json(tmp_path):
+    """Other tools can read what a checkpoint is without this project."""
+    save_checkpoint(tmp_path / "x", tensors(), config=CONFIG, state=STATE)
+    with safe_open(tmp_path / "x", framework="np") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == FORMAT and set(metadata) == {"format", "config", "state"}
+    assert json.loads(metadata["config"]) == CONFIG and json.loads(metadata["state"]) == STATE
+
+
+# Wrong files -----------------------------------------------------------------------------------------------------
+
+
+def test_missing_files(tmp_path):
+    for load in (load_checkpoint, load_policy, load_encoder):
+        with pytest.raises(FileNotFoundError, match="checkpoint: got .*missing"):
+            load(tmp_path / "missing.safetensors")
+        with pytest.raises(FileNotFoundError, match="checkpoint: got"):
+            load(tmp_path)  # a folder that is no run
+
+
+def foreign_files(path):
+    """Name -> writer of files that are no checkpoint of ours."""
+    weights = {"a": torch.zeros(2)}
+    return {
+        "empty": lambda: path.write_bytes(b""),
+        "text": lambda: path.write_text("seed: 42\n" * 100),
+        "zeros": lambda: path.write_bytes(bytes(4096)),
+        "random": lambda: path.write_bytes(np.random.default_rng(0).bytes(4096)),
+        "torch": lambda: torch.save(weights, path),
+        "pickle": lambda: path.write_bytes(pickle.dumps({"step": 1})),
+        "other safetensors": lambda: save_file(weights, path),
+        "other format": lambda: save_file(weights, path, metadata={"format": "pt"}),
+        "our format alone": lambda: save_file(weights, path, metadata={"format": FORMAT}),
+        "broken json": lambda: save_file(weights, path, metadata={"format": FORMAT, "config": "{", "state": "{}"}),
+    }
+
+
+@pytest.mark.parametrize("kind", foreign_files(None))
+def test_foreign_files(tmp_path, kind):
+    path = tmp_path / "x.safetensors"
+    foreign_files(path)[kind]()
+    for load in (load_checkpoint, load_policy, load_encoder):
+        with pytest.raises(ValueError, match="x.safetensors: got .*allowed"):
+            load(path)
+
+
+def test_truncated_files(tmp_path):
+    """Cut anywhere: never a half-loaded policy, never an exception of another kind."""
+    path, _ = policy_checkpoint(tmp_path / "x.safetensors")
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    cuts = [1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1]
+    for cut in cuts:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="damaged or foreign"):
+            load_policy(path)
+    path.write_bytes(whole + b"more")
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        load_policy(path)
+    path.write_bytes(whole)
+    assert load_policy(path)
+
+
+def test_damaged_header(tmp_path):
+    """A flipped byte of the header is an error or leaves a file that reads; nothing else may come out."""
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, tensors(), config=CONFIG, state=STATE)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(header)] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint(path)
+        except ValueError as error:
+            refused += 1
+            assert "x.safetensors: got" in str(error)
+    assert refused > 100
+
+
+def test_wrong_shapes_and_keys_are_listed():
+    own = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    other = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).state_dict()
+    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    with pytest.raises(ValueError, match=r"enc does not fit.*shapes: 0.bias: got \(5,\), allowed \(4,\), 0.weight: .*"):
+        load_weights(own, other, "enc")
+    other = {**own.state_dict(), "2.weight": torch.zeros(1)}
+    del other["1.bias"]
+    with pytest.raises(ValueError, match="missing: 1.bias; unexpected: 2.weight"):
+        load_weights(own, other, "enc")
+    many = {f"extra{i}": torch.zeros(1) for i in range(9)}
+    with pytest.raises(ValueError, match=r"extra4 \.\.\.$"):
+        load_weights(own, {**own.state_dict(), **many}, "enc")
+    assert all(torch.equal(before[name], tensor) for name, tensor in own.state_dict().items())
+
+
+# Loading a model -------------------------------------------------------------------------------------------------
+
+
+def refuse(*arguments, **options):
+    raise AssertionError("something was unpickled")
+
+
+def test_loading_never_unpickles(tmp_path, monkeypatch):
+    path, _ = policy_checkpoint(tmp_path / "x.safetensors", images=True)
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(owner, name, refuse)
+    monkeypatch.setattr("builtins.eval", refuse)
+    assert load_policy(path).config["crop"] == 8
+    assert load_encoder(path).out_dim == 5
+
+
+def test_loaded_policy_acts_as_the_saved_one(tmp_path):
+    """From a file or a run folder; the fitted normaliser is inside; evaluation mode; the configuration is there."""
+    torch.manual_seed(0)
+    config = tiny.policy_config(images=True, relative=True)
+    model = build_model(config)
+    data = tiny.window_data(config, tiny.replay_buffer())
+    model.fit_normalizer(data)
+    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
+    path = tmp_path / "checkpoints" / "last.safetensors"
+    save_checkpoint(path, {**weights, "model.other": torch.zeros(1)}, config=config, state=STATE)
+    rng = np.random.default_rng(0)
+    obs = {
+        "image": rng.integers(0, 256, (2, 2, 3, 12, 12), dtype=np.uint8),
+        "agent_pos": rng.uniform(0, 512, (2, 2, 2)).astype(np.float32),
+    }
+    expected = model.eval().act(obs, generator=torch.Generator().manual_seed(0))
+    for source in (path, str(path), tmp_path, str(tmp_path)):
+        loaded = load_policy(source)
+        assert not any(module.training for module in loaded.modules())
+        assert loaded.config == config
+        assert torch.equal(loaded.act(obs, generator=torch.Generator().manual_seed(0)), expected)
+
+
+def test_find_checkpoint(tmp_path):
+    last = tmp_path / "checkpoints" / "last.safetensors"
+    with pytest.raises(FileNotFoundError, match="allowed: a .safetensors file or a run folder with checkpoints/last"):
+        find_checkpoint(tmp_path)
+    last.parent.mkdir()
+    last.touch()
+    assert find_checkpoint(tmp_path) == find_checkpoint(last) == last
+
+
+def test_load_encoder(tmp_path):
+    path, model = policy_checkpoint(tmp_path / "x.safetensors", images=True)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    encoder = load_encoder(path)
+    assert torch.equal(encoder(images), model.encoder.encoders["image"](images))
+    assert torch.equal(load_encoder(path, camera="image")(images), encoder(images))
+    with pytest.raises(ValueError, match="camera: got 'wrist', allowed: image"):
+        load_encoder(path, camera="wrist")
+    blind, _ = policy_checkpoint(tmp_path / "blind.safetensors")
+    with pytest.raises(ValueError, match="camera: got None, allowed: "):
+        load_encoder(blind)
+
+
+def test_two_cameras_need_a_name(tmp_path):
+    config = tiny.policy_config(images=True)
+    config["task"]["shape_meta"]["obs"]["wrist"] = {"type": "rgb", "shape": [3, 12, 12]}
+    model = build_model(config).eval()
+    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(tmp_path / "x", weights, config=config, state=STATE)
+    images = torch.rand(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="camera: got None, allowed: image, wrist"):
+        load_encoder(tmp_path / "x")
+    for camera in ("image", "wrist"):
+        expected = model.encoder.encoders[camera](images)
+        assert torch.equal(load_encoder(tmp_path / "x", camera=camera)(images), expected)
+
+
+def test_a_pretraining_checkpoint_is_no_policy_but_has_an_encoder(tmp_path):
+    config = tiny.policy_config(images=True, crop=None)
+    config["model"] = {"name": "keypoints", "px_per_unit": 256}
+    config["task"]["shape_meta"] = {**config["task"]["shape_meta"], "keypoint": {"type": "low_dim", "shape": [5]}}
+    model = build_model(config).eval()
+    assert isinstance(model, KeypointRegressor)
+    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(tmp_path / "x", weights, config=config, state=STATE)
+    with pytest.raises(ValueError, match="got a 'keypoints' checkpoint, allowed: a policy"):
+        load_policy(tmp_path / "x")
+    images = torch.rand(2, 3, 12, 12)
+    assert torch.equal(load_encoder(tmp_path / "x")(images), model.encoder.encoders["image"](images))
+
+
+def test_weights_that_do_not_fit_their_own_configuration(tmp_path):
+    _, model = policy_checkpoint(tmp_path / "x")
+    config = tiny.policy_config(model={"denoiser": {"widths": [8, 24], "kernel_size": 3, "groups": 4, "step_dim": 8}})
+    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(tmp_path / "x", weights, config=config, state=STATE)
+    with pytest.raises(ValueError, match="x does not fit this configuration: shapes: denoiser.down"):
+        load_model(tmp_path / "x")
+
+
+def test_loading_downloads_nothing(tmp_path, monkeypatch):
+    """A policy that was trained from timm's ImageNet weights loads without asking timm for them again."""
+    config = tiny.policy_config(images=True)
+    model = build_model(config)
+    config["encoder"] = {**config["encoder"], "pretrained": True}
+    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(tmp_path / "x", weights, config=config, state=STATE)
+    asked, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, pretrained, **k: asked.append(pretrained) or create(*a, **k))
+    assert load_policy(tmp_path / "x").config["encoder"]["pretrained"] is True
+    assert asked == [False]
+
+
+# Kills and full disks ----------------------------------------------------------------------------------------------
+
+
+def in_child(function):
+    """Run ``function`` in a forked process that never returns to pytest; its process id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # the parent's thread pool does not exist here
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def test_killed_while_saving(tmp_path):
+    """SIGKILL at random moments of a save loop: the file always loads and is one of the saved ones, whole."""
+    path, size = tmp_path / "last.safetensors", 200_000  # 600,000 floats: several writes a save
+    save_checkpoint(path, {"x": torch.zeros(size, 3)}, config=CONFIG, state={"step": 0})
+    rng = random.Random(0)
+
+    def save_forever(first):
+        for step in itertools.count(first):
+            save_checkpoint(path, {"x": torch.full((size, 3), float(step))}, config=CONFIG, state={"step": step})
+
+    step, interrupted, rounds, started = 0, 0, 0, time.monotonic()
+    while rounds < 12 or ((step == 0 or interrupted == 0) and time.monotonic() < started + 30):
+        rounds += 1
+        child = in_child(lambda first=step + 1: save_forever(first))
+        time.sleep(rng.uniform(0.01, 0.08))
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        loaded, config, state = load_checkpoint(path)
+        assert config == CONFIG and state["step"] >= step
+        assert (loaded["x"] == state["step"]).all()
+        step = state["step"]
+        left = {file.name for file in tmp_path.iterdir()} - {path.name}
+        assert left <= {"last.safetensors.partial"}
+        interrupted += bool(left)
+    assert step > 0, "no save ever finished"
+    assert interrupted > 0, "no save was ever interrupted"
+    save_checkpoint(path, tensors(), config=CONFIG, state=STATE)
+    assert list(tmp_path.iterdir()) == [path], "what a killed process left was not cleared away"
+
+
+def test_full_disk(tmp_path):
+    """No room for the new file: an OSError that says so, the older one untouched, nothing left over."""
+    path = tmp_path / "last.safetensors"
+    save_checkpoint(path, tensors(), config=CONFIG, state=STATE)
+    before = path.read_bytes()
+
+    def save_with_a_limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            save_checkpoint(path, {"x": torch.zeros(100_000)}, config=CONFIG, state={"step": 13})
+        except OSError as error:
+            (tmp_path / "message").write_text(str(error))
+
+    child = in_child(save_with_a_limit)
+    assert os.waitpid(child, 0)[1] == 0
+    message = (tmp_path / "message").read_text()
+    assert f"checkpoint {path} was not written" in message and "the previous one is untouched" in message
+    assert path.read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {"last.safetensors", "message"}
+
+
+def test_file_permissions_follow_the_umask(tmp_path):
+    """As of any other file: what may be read by colleagues is not decided by a library's temporary file."""
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, tensors(), config=CONFIG, state=STATE)
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        save_checkpoint(tmp_path / "file" / "x.safetensors", tensors(), config=CONFIG, state=STATE)
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="was not written"):
+        save_checkpoint(tmp_path / "folder", tensors(), config=CONFIG, state=STATE)
+    assert list(tmp_path.glob("*.partial*")) == []
+
+
+def test_a_copied_checkpoint_loads_elsewhere(tmp_path):
+    """Nothing beside the one file is needed."""
+    path, model = policy_checkpoint(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    shutil.copy(path, tmp_path / "alone.safetensors")
+    shutil.rmtree(tmp_path / "run")
+    loaded = load_policy(tmp_path / "alone.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+# Exponential moving average ----------------------------------------------------------------------------------------
+
+
+def test_ema_decay_formula():
+    ema = EMA(nn.Linear(1, 1), power=0.75, max_decay=0.9999)
+    assert ema.decay(0) == 0
+    for step in (1, 2, 10, 1000, 50_000):
+        assert ema.decay(step) == pytest.approx(1 - 1 / (1 + step) ** 0.75)
+    assert ema.decay(215_444) == pytest.approx(0.9999, abs=1e-6) and ema.decay(10**9) == 0.9999
+    assert EMA(nn.Linear(1, 1), power=2 / 3, max_decay=0.5).decay(1) == pytest.approx(1 - 2 ** (-2 / 3))
+    assert EMA(nn.Linear(1, 1), power=2 / 3, max_decay=0.5).decay(7) == 0.5
+
+
+class Averaged(nn.Module):
+    """A parameter, a frozen one and a buffer that all move with the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.frozen = nn.Parameter(torch.full((2,), 4.0), requires_grad=False)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def move(self, step):
+        with torch.no_grad():
+            self.weight.copy_(torch.tensor([1.0, -2.0, 0.5]) * (step + 1) ** 2)
+            self.seen.fill_(step)
+
+
+def test_ema_follows_the_weights():
+    model = Averaged()
+    ema = EMA(model, power=0.75, max_decay=0.9)
+    assert not any(p.requires_grad for p in ema.model.parameters()) and not ema.model.training
+    expected = np.zeros(3)
+    for step in range(40):
+        model.move(step)
+        ema.update(model, step)
+        decay = min(0.9, 1 - (1 + step) ** -0.75)
+        expected = decay * expected + (1 - decay) * np.array([1.0, -2.0, 0.5]) * (step + 1) ** 2
+        np.testing.assert_allclose(ema.model.weight.numpy(), expected, rtol=1e-5)
+        assert ema.model.seen == step
+    assert torch.equal(ema.model.frozen, model.frozen)
+    assert model.weight.requires_grad and model.weight.grad is None
+
+
+def test_ema_continues_from_the_step_alone():
+    """A new object with the averaged weights goes on exactly: nothing is counted inside."""
+    model = Averaged()
+    straight = EMA(model, power=0.75, max_decay=0.9999)
+    for step in range(30):
+        model.move(step)
+        straight.update(model, step)
+        if step == 14:
+            resumed = EMA(Averaged(), power=0.75, max_decay=0.9999)
+            resumed.model.load_state_dict(straight.model.state_dict())
+        if step > 14:
+            resumed.update(model, step)
+    assert torch.equal(resumed.model.weight, straight.model.weight)

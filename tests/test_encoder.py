@@ -1,0 +1,488 @@
+"""Vision encoders: the mask is in force whatever timm does, pooling, crops, and the contract of every encoder."""
+
+import builtins
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import set_fused_attn, use_fused_attn
+from torch import nn
+
+from policy.attention import fibottention_mask, shuffle_heads, wythoff_offsets
+from policy.encoder import build_encoder, list_encoders
+from policy.encoder.observation import ObservationEncoder, crop_images
+from policy.encoder.spatial_softmax import SpatialSoftmax
+from policy.encoder.vit import ViTEncoder, parameter_count
+from policy.keypoints import BETA, KeypointRegressor
+from policy.normalizer import Normalizer
+from policy.torchvision_ops import declare_missing_operators
+
+SMALL = {"arch": "vit_tiny_patch16_224", "patch_size": 8, "dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2}
+FUSED = {"off": (False, False), "on": (True, False), "experimental": (True, True)}
+
+
+@pytest.fixture
+def fused_attention():
+    """timm's fused-attention switch as a function; restored afterwards."""
+    before = use_fused_attn(), use_fused_attn(experimental=True)
+    yield lambda name: set_fused_attn(*FUSED[name])
+    set_fused_attn(*before)
+
+
+def vit(*, image_size=32, attention=None, **options):
+    torch.manual_seed(0)
+    attention = attention or {"name": "fibottention", "variant": "robot"}
+    return ViTEncoder(image_size=image_size, attention=attention, **{**SMALL, **options}).eval()
+
+
+def reference_vit(encoder, images, *, masked_score):
+    """Mean of the patch tokens of a ViT with dense masked attention, from the weights alone, in float64."""
+    w = {key: value.double() for key, value in encoder.vit.state_dict().items()}
+    depth, heads, size = len(encoder.vit.blocks), encoder.vit.blocks[0].attn.num_heads, encoder.grid[0]
+    offsets = wythoff_offsets(size * size, heads, variant="robot")
+
+    def layer_norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    patch = w["patch_embed.proj.weight"].shape[-1]
+    used = images.double()[..., : size * patch, : size * patch]
+    pixels = F.unfold(used, patch, stride=patch).transpose(1, 2)  # (B, N, 3 * p * p)
+    x = pixels @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
+    x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x], dim=1) + w["pos_embed"]
+    for layer in range(depth):
+        mask = fibottention_mask(shuffle_heads(offsets, layer), size * size)
+        name = f"blocks.{layer}"
+        q, k, v = linear(layer_norm(x, f"{name}.norm1"), f"{name}.attn.qkv").chunk(3, dim=-1)
+        q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, H, 1+N, D)
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
+        scores = scores * mask if masked_score == "zero" else scores.masked_fill(~mask, -torch.inf)
+        mixed = torch.einsum("bhij,bhjd->bihd", scores.softmax(dim=-1), v).flatten(2)
+        x = x + linear(mixed, f"{name}.attn.proj")
+        hidden = linear(layer_norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))  # GELU
+        x = x + linear(hidden, f"{name}.mlp.fc2")
+    return layer_norm(x, "norm")[:, 1:].mean(dim=1)
+
+
+# The mask is in force --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked_score", ["zero", "exclude"])
+@pytest.mark.parametrize("fused", FUSED)
+def test_mask_is_in_force_whatever_timm_does(fused_attention, fused, masked_score):
+    """The published encoders lose their mask when timm picks fused attention; set before and after building."""
+    fused_attention(fused)
+    encoder = vit(attention={"name": "fibottention", "variant": "robot", "masked_score": masked_score})
+    with torch.no_grad():  # sharper scores than those of a fresh ViT, so that the mask matters
+        for block in encoder.vit.blocks:
+            block.attn.qkv.weight.mul_(10)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    expected = reference_vit(encoder, images, masked_score=masked_score).float()
+    for again in FUSED:
+        fused_attention(again)
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(images), expected, rtol=0, atol=2e-5)
+    dense = vit(attention={"name": "softmax"})
+    dense.load_state_dict(encoder.state_dict())
+    assert (dense(images) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("fused", FUSED)
+def test_a_patch_reaches_attended_tokens_only(fused_attention, fused):
+    """Change one image patch: in the first block's attention only attending tokens and the class token notice."""
+    fused_attention(fused)
+    attention = {"name": "fibottention", "modified": False, "masked_score": "exclude"}
+    encoder = vit(image_size=48, depth=1, attention=attention)
+    seen = []
+    encoder.vit.blocks[0].attn.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    images = torch.zeros(1, 3, 48, 48)
+    mask = encoder.vit.blocks[0].attn.mask.any(dim=0)
+    for patch in (0, 7, 20, 35):
+        row, column = divmod(patch, 6)
+        changed = images.clone()
+        changed[..., 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = torch.rand(3, 8, 8)
+        encoder(images), encoder(changed)
+        before, after = seen[-2:]
+        reached = (before != after).any(dim=1)
+        expected = mask[:, 1 + patch].clone()
+        assert not expected.all()
+        expected[1 + patch] = True  # its own query changed
+        torch.testing.assert_close(reached, expected)
+
+
+def test_softmax_encoder_equals_timm():
+    encoder = vit(attention={"name": "softmax"})
+    torch.manual_seed(0)
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, mlp_ratio=2,
+        num_classes=0, global_pool="avg", fc_norm=False,
+    ).eval()  # fmt: skip
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(encoder(images), theirs(images))
+
+
+@pytest.mark.parametrize("attention", [{"name": "fibottention"}, {"name": "softmax"}])
+def test_weights_are_carried_over_under_the_names_of_timm(attention):
+    """The same seed gives the same initial weights as timm's own model, attention included."""
+    own = vit(attention=attention).vit.state_dict()
+    torch.manual_seed(0)
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, mlp_ratio=2,
+        num_classes=0, global_pool="avg", fc_norm=False,
+    ).state_dict()  # fmt: skip
+    assert list(own) == list(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(own[name], tensor), name
+
+
+def test_every_layer_has_its_own_head_order():
+    encoder = vit(depth=6)
+    offsets = wythoff_offsets(16, 3, variant="robot")
+    for layer, block in enumerate(encoder.vit.blocks):
+        assert block.attn.offsets == shuffle_heads(offsets, layer)
+        assert torch.equal(block.attn.mask, fibottention_mask(shuffle_heads(offsets, layer), 16))
+
+
+# The published encoder -------------------------------------------------------------------------------------------
+
+
+def test_published_encoder():
+    """ViT-B/8 on 84 px: 10 x 10 patches, 768 features, about 85 M parameters, 9.6 % of the pairs, last 4 px unused."""
+    attention = {"name": "fibottention", "variant": "robot", "modified": True}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch remarks that copying weights without storage does nothing
+        whole = ViTEncoder(image_size=84, attention=attention, drop_remainder=True)
+    assert whole.grid == (10, 10) and whole.out_dim == 768 and len(whole.vit.blocks) == 12
+    # By hand: patches, positions and class token; per block two norms, qkv, proj, mlp; the final norm.
+    block = 2 * 2 * 768 + (768 * 2304 + 2304) + (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768)
+    assert parameter_count(whole) == (3 * 64 * 768 + 768) + 101 * 768 + 768 + 12 * block + 2 * 768
+    assert parameter_count(whole) == pytest.approx(85.3e6, rel=0.002)
+    encoder = ViTEncoder(image_size=84, attention=attention, drop_remainder=True, depth=2).eval()
+    for block in encoder.vit.blocks:
+        assert block.attn.mask.shape == (12, 101, 101)
+        assert block.attn.density() == pytest.approx(0.096, abs=0.0005)
+    image = torch.rand(1, 3, 84, 84) * 2 - 1
+    bordered = image.clone()
+    bordered[..., 80:, :], bordered[..., :, 80:] = 1, -1
+    with torch.no_grad():
+        out = encoder(image)
+        torch.testing.assert_close(out, reference_vit(encoder, image, masked_score="zero").float(), rtol=0, atol=1e-4)
+        assert torch.equal(encoder(bordered), out)
+
+
+def test_remainder_must_be_dropped_on_purpose():
+    with pytest.raises(ValueError, match=r"image size: got 84, allowed: a multiple of patch size 8.*last 4 px"):
+        vit(image_size=84)
+    with pytest.raises(ValueError, match="patch stem only"):
+        vit(image_size=84, stem="conv", drop_remainder=True)
+    assert vit(image_size=84, depth=1, drop_remainder=True).grid == (10, 10)
+
+
+# Contract of every encoder ---------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "resnet18": [{}, {"num_keypoints": 4, "out_dim": 7}],
+    "vit": [
+        {**SMALL, "pool": pool, "stem": stem, "out_dim": out_dim}
+        for pool in ("mean", "cls", "spatial_softmax")
+        for stem, out_dim in (("patch", None), ("conv", 7))
+    ],
+}
+
+
+def test_every_encoder_is_covered():
+    assert set(VARIANTS) == set(list_encoders())
+
+
+@pytest.mark.parametrize(("name", "options"), [(name, options) for name in VARIANTS for options in VARIANTS[name]])
+def test_contract_of_every_encoder(name, options):
+    """(B, 3, h, w) -> (B, out_dim); samples independent; a gradient for every parameter, the class token included."""
+    torch.manual_seed(0)
+    encoder = build_encoder(name, image_size=40, attention={"name": "fibottention"}, **options).eval()
+    images = torch.rand(3, 3, 40, 40) * 2 - 1
+    out = encoder(images)
+    assert out.shape == (3, encoder.out_dim) and torch.isfinite(out).all()
+    if options.get("out_dim") is not None:
+        assert encoder.out_dim == options["out_dim"]
+    for row in range(3):
+        torch.testing.assert_close(encoder(images[row : row + 1])[0], out[row], rtol=0, atol=1e-5)
+    assert (out[0] - out[1]).abs().max() > 1e-5
+    (out * torch.randn_like(out)).sum().backward()
+    for label, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, label
+
+
+def test_build_encoder_errors():
+    build = {"image_size": 32, "attention": {"name": "softmax"}}
+    with pytest.raises(ValueError, match=r"encoder: got 'vlt' .did you mean 'vit'.*allowed: resnet18, vit"):
+        build_encoder("vlt", **build)
+    with pytest.raises(ValueError, match=r"'vit' options: got depht, allowed: arch, depth,"):
+        build_encoder("vit", **build, depht=3)
+    with pytest.raises(ValueError, match=r"'resnet18' options: got patch_size, allowed: num_keypoints, out_dim"):
+        build_encoder("resnet18", **build, patch_size=8)
+    with pytest.raises(ValueError, match=r"image size: got 32, allowed: at least 33"):
+        build_encoder("resnet18", image_size=32, attention=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stem": "linear"}, "stem: got 'linear', allowed: patch, conv"),
+        ({"pool": "max"}, "pool: got 'max', allowed: mean, cls, spatial_softmax"),
+        ({"patch_size": 33}, "patch_size: got 33, allowed: 1 to the image size 32"),
+        ({"patch_size": 2, "stem": "conv"}, "patch_size of the convolution stem: got 2, allowed: 4, 8, 16"),
+        ({"arch": "resnet50"}, "arch: got 'resnet50', allowed: a plain timm ViT"),
+        ({"arch": "vit_gigantic"}, "arch: got 'vit_gigantic', allowed: a plain timm ViT"),
+        ({"arch": "vit_tiny_r_s16_p8_224"}, "arch: .*allowed: a plain timm ViT"),  # convolutions before the patches
+        ({"arch": "vit_small_patch16_dinov3"}, "arch: .*allowed: a plain timm ViT"),  # rotary positions
+        ({"arch": "vit_small_patch16_18x2_224"}, "arch: .*allowed: a timm ViT whose attention is plain"),
+        ({"arch": "vit_medium_patch16_gap_256"}, "arch: .*allowed: a timm ViT whose attention is plain"),  # no bias
+        ({"arch": "vit_medium_patch16_reg1_gap_256", "pool": "cls"}, "pool: got 'cls', allowed: mean, spatial_softmax"),
+        ({"pool": "spatial_softmax", "patch_size": 32}, "spatial softmax: got a 1x1 grid, allowed: at least 2 cells"),
+        ({"attention": {"name": "dense"}}, "attention: got 'dense', allowed: .*softmax"),
+    ],
+)
+def test_vit_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        vit(**options)
+
+
+def test_sizes_of_the_vit():
+    encoder = vit(dim=48, depth=2, num_heads=4, mlp_ratio=3, patch_size=16, num_keypoints=5, pool="spatial_softmax")
+    assert len(encoder.vit.blocks) == 2 and encoder.grid == (2, 2) and encoder.out_dim == 10
+    assert encoder.vit.blocks[0].attn.num_heads == 4 and encoder.vit.blocks[0].mlp.fc1.weight.shape == (144, 48)
+    assert vit(depth=1).out_dim == 24
+
+
+def test_pools_read_the_tokens():
+    images = torch.rand(2, 3, 32, 32)
+    for pool in ("mean", "cls", "spatial_softmax"):
+        encoder = vit(pool=pool)
+        tokens = encoder.tokens(images)
+        assert tokens.shape == (2, 17, 24)
+        if pool == "mean":
+            expected = sum(tokens[:, 1 + j] for j in range(16)) / 16
+        elif pool == "cls":
+            expected = tokens[:, 0]
+        else:
+            rows = [tokens[:, 1 + 4 * y : 5 + 4 * y] for y in range(4)]
+            expected = encoder.keypoints(torch.stack(rows, dim=1).permute(0, 3, 1, 2))
+        torch.testing.assert_close(encoder(images), expected)
+
+
+def test_register_tokens_are_prefix_tokens():
+    """An arch with four register tokens and a class token: five full rows and columns, none of them pooled."""
+    encoder = vit(arch="vit_small_patch14_reg4_dinov2", depth=2)
+    assert encoder.prefix_tokens == 5 and encoder.vit.blocks[0].attn.mask.shape == (3, 21, 21)
+    assert encoder.vit.blocks[0].attn.mask[:, :5].all() and not encoder.vit.blocks[0].attn.mask[:, 5:, 5:].all()
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(encoder(images), encoder.tokens(images)[:, 5:].mean(dim=1))
+
+
+def test_drop_path_acts_in_training_only():
+    images = torch.rand(4, 3, 32, 32)
+    plain, dropping = vit(), vit(drop_path=0.5)
+    torch.testing.assert_close(dropping(images), plain(images))
+    dropping.train()
+    torch.manual_seed(0)
+    assert (dropping(images) - plain(images)).abs().max() > 1e-3
+
+
+def test_pretrained_is_handed_to_timm(monkeypatch):
+    asked = []
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, pretrained, **k: asked.append(pretrained) or create(*a, **k))
+    vit(pretrained=True, depth=1)
+    vit(depth=1)
+    assert asked == [True, False]
+
+
+def test_conv_stem_is_four_small_convolutions():
+    encoder = vit(stem="conv", patch_size=16, image_size=64)
+    assert encoder.grid == (4, 4)
+    convolutions = [layer for layer in encoder.vit.patch_embed.modules() if isinstance(layer, nn.Conv2d)]
+    assert [c.stride[0] for c in convolutions] == [2, 2, 2, 2, 1]
+    tokens = encoder.vit.patch_embed(torch.rand(1, 3, 64, 64))
+    assert tokens.shape == (1, 16, 24)
+
+
+def test_resnet_has_no_running_statistics():
+    encoder = build_encoder("resnet18", image_size=76, attention=None)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in encoder.modules())
+    assert encoder.out_dim == 64 and encoder(torch.rand(1, 3, 76, 76)).shape == (1, 64)
+
+
+def test_spatial_softmax_is_an_expected_coordinate():
+    """Brute force over the cells, x before y."""
+    torch.manual_seed(0)
+    pool = SpatialSoftmax(2, 3, (3, 5))
+    maps = 3 * torch.randn(2, 2, 3, 5)
+    out = pool(maps)
+    weight, bias = pool.to_keypoints.weight[:, :, 0, 0], pool.to_keypoints.bias
+    for b in range(2):
+        for keypoint in range(3):
+            total, x, y = 0.0, 0.0, 0.0
+            for row in range(3):
+                for column in range(5):
+                    score = (weight[keypoint] @ maps[b, :, row, column] + bias[keypoint]).exp().item()
+                    total, x, y = total + score, x + score * (column / 2 - 1), y + score * (row - 1)
+            assert out[b, 2 * keypoint : 2 * keypoint + 2].tolist() == pytest.approx([x / total, y / total], abs=1e-5)
+
+
+# Crops and observations ------------------------------------------------------------------------------------------
+
+
+def test_crop_equals_slicing():
+    images = torch.randint(0, 256, (40, 3, 13, 11), dtype=torch.uint8)
+    centre = crop_images(images, 8)
+    assert torch.equal(centre, images[..., 2:10, 1:9])
+    position = torch.rand(40, 2)
+    position[0], position[1] = 0.0, 1 - 1e-7
+    cropped = crop_images(images, 8, position=position)
+    corners = set()
+    for i, (y, x) in enumerate(position.tolist()):
+        top, left = int(y * 6), int(x * 4)  # 6 and 4 places for the corner
+        corners.add((top, left))
+        assert torch.equal(cropped[i], images[i, :, top : top + 8, left : left + 8])
+    assert {(0, 0), (5, 3)} < corners and len(corners) > 15
+
+
+def observation_encoder(*, crop=8, cameras=("a", "b"), size=(12, 12)):
+    torch.manual_seed(0)
+    meta = {name: {"type": "rgb", "shape": [3, *size]} for name in cameras}
+    meta = {"speed": {"type": "low_dim", "shape": [1]}, **meta, "place": {"type": "low_dim", "shape": [2]}}
+    normalizer = Normalizer({"speed": (1,), "place": (2,)})
+    normalizer.fit("speed", torch.tensor([[2.0], [4.0]]))
+    normalizer.fit("place", torch.tensor([[0.0, -1.0], [10.0, 1.0]]))
+    encoder = {"name": "vit", **SMALL, "depth": 1, "patch_size": 4}
+    return ObservationEncoder(
+        shape_meta=meta, crop=crop, encoder=encoder, attention={"name": "softmax"}, normalizer=normalizer
+    ).eval()
+
+
+def observations(count=5):
+    rng = np.random.default_rng(0)
+    images = {name: torch.from_numpy(rng.integers(0, 256, (count, 3, 12, 12), dtype=np.uint8)) for name in "ab"}
+    low_dim = {"speed": torch.rand(count, 1) + 2, "place": torch.rand(count, 2)}
+    return {**images, **low_dim}
+
+
+def test_observation_vector():
+    """Both cameras through encoders of their own, then the normalised low-dim keys in the order of shape_meta."""
+    encoder, obs = observation_encoder(), observations()
+    out = encoder(obs)
+    assert encoder.feature_dim == 48 and encoder.out_dim == 51 and out.shape == (5, 51)
+    for number, key in enumerate("ab"):
+        pixels = obs[key][..., 2:10, 2:10].float() / 127.5 - 1
+        torch.testing.assert_close(out[:, 24 * number : 24 * (number + 1)], encoder.encoders[key](pixels))
+    torch.testing.assert_close(out[:, 48:49], obs["speed"] - 3)
+    torch.testing.assert_close(out[:, 49:], torch.stack([obs["place"][:, 0] / 5 - 1, obs["place"][:, 1]], dim=1))
+    assert not torch.equal(encoder.encoders["a"].vit.pos_embed, encoder.encoders["b"].vit.pos_embed)
+
+
+def test_random_crop_of_an_observation_equals_slicing():
+    encoder, obs = observation_encoder(), observations()
+    position = torch.tensor([[0.0, 0.0], [0.99, 0.99], [0.5, 0.0], [0.21, 0.79], [0.4, 0.6]])
+    out = encoder.encode_images(obs, position)
+    for i, (top, left) in enumerate([(0, 0), (4, 4), (2, 0), (1, 3), (2, 3)]):  # five places for a corner
+        pixels = obs["b"][i : i + 1, :, top : top + 8, left : left + 8].float() / 127.5 - 1
+        torch.testing.assert_close(out[i : i + 1, 24:], encoder.encoders["b"](pixels))
+
+
+def test_images_as_uint8_or_float_and_features():
+    encoder, obs = observation_encoder(), observations()
+    out = encoder(obs)
+    assert torch.equal(encoder({key: value.float() for key, value in obs.items()}), out)
+    features = {"features": encoder.encode_images(obs), "speed": obs["speed"], "place": obs["place"]}
+    assert torch.equal(encoder(features), out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": 13}, "crop: got 13 px, allowed: 1 to 12, the size of 'a'"),
+        ({"crop": 0}, "crop: got 0 px"),
+        ({"crop": None, "size": (12, 16)}, "'a': got 12x16 px without a crop, allowed: square images or a crop"),
+    ],
+)
+def test_crop_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        observation_encoder(**options)
+
+
+def test_whole_image_without_a_crop():
+    encoder, obs = observation_encoder(crop=None), observations()
+    whole = encoder.encode_images(obs)
+    same = observation_encoder(crop=12)
+    assert torch.equal(same.encode_images(obs, torch.full((5, 2), 0.9)), whole)
+    torch.testing.assert_close(whole[:, :24], encoder.encoders["a"](obs["a"].float() / 127.5 - 1))
+
+
+# Keypoint regression ---------------------------------------------------------------------------------------------
+
+
+def keypoint_model(**changes):
+    torch.manual_seed(0)
+    options = {
+        "shape_meta": {"obs": observation_meta(), "keypoint": {"shape": [6]}},
+        "crop": None,
+        "encoder": {"name": "vit", **SMALL, "depth": 1, "patch_size": 4, "out_dim": 6},
+        "attention": {"name": "fibottention"},
+        "px_per_unit": 256,
+    }
+    return KeypointRegressor(**{**options, **changes}).eval()
+
+
+def observation_meta():
+    return {"image": {"type": "rgb", "shape": [3, 12, 12]}, "agent_pos": {"type": "low_dim", "shape": [2]}}
+
+
+def test_keypoint_loss_by_hand():
+    model = keypoint_model()
+    batch = {
+        "obs": {"image": torch.randint(0, 256, (4, 3, 12, 12), dtype=torch.uint8)},
+        "keypoint": torch.rand(4, 6) * 2 - 1,
+    }
+    batch["keypoint"][0] = model.encoder(batch["obs"])[0].detach() + 0.5 * BETA  # inside the quadratic part
+    losses = model(batch, model.randomness(4, None))
+    off = (model.encoder(batch["obs"]) - batch["keypoint"]).detach().double().numpy()
+    smooth = np.where(abs(off) < BETA, off**2 / (2 * BETA), abs(off) - BETA / 2)
+    assert losses["loss"].item() == pytest.approx(smooth.mean(), rel=1e-5)
+    distance = np.sqrt((off.reshape(4, 3, 2) ** 2).sum(axis=2)).mean()
+    assert losses["px"].item() == pytest.approx(256 * distance, rel=1e-5) and not losses["px"].requires_grad
+
+
+def test_keypoint_errors():
+    with pytest.raises(ValueError, match="crop: got 8, allowed: null"):
+        keypoint_model(crop=8)
+    with pytest.raises(ValueError, match="encoder.out_dim: got 5, allowed: 6, the number of targets"):
+        keypoint_model(encoder={"name": "vit", **SMALL, "depth": 1, "patch_size": 4, "out_dim": 5})
+
+
+# The torchvision beside a CPU-only torch ---------------------------------------------------------------------------
+
+
+def test_declaring_torchvision_operators(monkeypatch):
+    """Nothing to do where torchvision loads or is absent; an error of another kind is not swallowed."""
+    assert declare_missing_operators() is None
+    real = builtins.__import__
+
+    def failing(error):
+        def load(name, *args, **kwargs):
+            if name == "torchvision":
+                raise error
+            return real(name, *args, **kwargs)
+
+        return load
+
+    monkeypatch.setattr(builtins, "__import__", failing(ImportError("no torchvision")))
+    assert declare_missing_operators() is None
+    monkeypatch.setattr(builtins, "__import__", failing(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        declare_missing_operators()

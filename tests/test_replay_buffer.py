@@ -1,0 +1,218 @@
+"""Reading demonstrations: every layout gives the same arrays, and every defect is named."""
+
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+
+from policy.dataset import ReplayBuffer, replay_buffer
+
+ENDS = [7, 12, 30]
+FRAMES = ENDS[-1]
+SOURCES = {
+    "image": {"source": "img", "shape": [3, 8, 6], "type": "rgb"},
+    "agent_pos": {"source": "state", "shape": [2], "type": "low_dim", "columns": [3, 0]},
+    "action": {"source": "action", "shape": [2], "type": "low_dim"},
+}
+
+
+def recorded(image_type="float32"):
+    """Arrays by their path in the zarr, as the published data have them; chunks do not divide the frames."""
+    rng = np.random.default_rng(0)
+    return {
+        "data/img": rng.integers(0, 256, (FRAMES, 8, 6, 3)).astype(image_type),
+        "data/state": rng.normal(size=(FRAMES, 5)).astype(np.float32),
+        "data/action": rng.normal(size=(FRAMES, 2)),
+        "meta/episode_ends": np.array(ENDS),
+    }
+
+
+def write(path, arrays, zarr_format=2):
+    """A zarr folder, or a .zip if ``path`` is called so, with ``arrays`` in chunks of seven frames."""
+    store = zarr.storage.ZipStore(str(path), mode="w") if path.suffix == ".zip" else str(path)
+    root = zarr.open_group(store, mode="w", zarr_format=zarr_format)
+    for name, values in arrays.items():
+        root.create_array(name, data=values, chunks=(7, *values.shape[1:]))
+    if path.suffix == ".zip":
+        store.close()
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The recorded arrays as a zarr folder of format 2."""
+    return write(tmp_path / "demos.zarr", recorded())
+
+
+def assert_recorded(buffer):
+    expected = recorded()
+    np.testing.assert_array_equal(buffer.arrays["image"], expected["data/img"].astype(np.uint8), strict=True)
+    np.testing.assert_array_equal(buffer.arrays["agent_pos"], expected["data/state"][:, [3, 0]], strict=True)
+    np.testing.assert_array_equal(buffer.arrays["action"], expected["data/action"].astype(np.float32), strict=True)
+    np.testing.assert_array_equal(buffer.episode_ends, ENDS)
+    assert (buffer.num_frames, buffer.num_episodes) == (FRAMES, 3)
+
+
+@pytest.mark.parametrize("storage", ["ram", "mmap"])
+@pytest.mark.parametrize("name", ["demos.zarr", "demos.zarr.zip"])
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_every_layout_and_storage_gives_the_recorded_arrays(tmp_path, monkeypatch, zarr_format, name, storage):
+    path = write(tmp_path / name, recorded(), zarr_format)
+    for block_bytes in (64 << 20, 1):  # all frames at once, and one chunk at a time
+        monkeypatch.setattr(replay_buffer, "BLOCK_BYTES", block_bytes)
+        buffer = ReplayBuffer.open(path, SOURCES, storage=storage, cache_dir=tmp_path / f"cache{block_bytes}")
+        assert_recorded(buffer)
+    if storage == "mmap":
+        assert all(isinstance(array, np.memmap) and not array.flags.writeable for array in buffer.arrays.values())
+
+
+def test_float_pixels_are_rounded_to_uint8_and_uint8_ones_stay(tmp_path):
+    exact = np.array([0, 0.4, 0.6, 254.4, 254.6, 255])
+    arrays = {**recorded(), "data/img": np.resize(exact, (FRAMES, 8, 6, 3)).astype(np.float32)}
+    image = ReplayBuffer.open(write(tmp_path / "float.zarr", arrays), SOURCES).arrays["image"]
+    assert image.dtype == np.uint8 and image.flatten()[:6].tolist() == [0, 0, 1, 254, 255, 255]
+    arrays = recorded(image_type="uint8")
+    image = ReplayBuffer.open(write(tmp_path / "bytes.zarr", arrays), SOURCES).arrays["image"]
+    np.testing.assert_array_equal(image, arrays["data/img"], strict=True)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("name", ["demos.zarr", "demos.zarr.zip"])
+def test_a_memory_map_is_decoded_again_only_when_the_source_changed(tmp_path, monkeypatch, zarr_format, name):
+    path, cache = write(tmp_path / name, recorded(), zarr_format), tmp_path / "cache"
+    decoded = []
+    decode_all = replay_buffer._decode_all
+
+    def counting(array, *arguments):
+        decoded.append(array.path)
+        return decode_all(array, *arguments)
+
+    monkeypatch.setattr(replay_buffer, "_decode_all", counting)
+
+    def action():
+        return ReplayBuffer.open(path, SOURCES, storage="mmap", cache_dir=cache).arrays["action"]
+
+    first = action()
+    assert sorted(decoded) == ["data/action", "data/img", "data/state"]
+    assert_recorded(ReplayBuffer.open(path, SOURCES, storage="mmap", cache_dir=cache))
+    assert len(decoded) == 3
+    if path.suffix == ".zip":
+        write(path, {**recorded(), "data/action": -first.astype(np.float64)}, zarr_format)
+    else:
+        zarr.open_group(str(path), mode="r+")["data/action"][:] = -first  # no new file, only new chunks
+    np.testing.assert_array_equal(action(), -first)
+    np.testing.assert_array_equal(action(), -first)
+    assert decoded[3:] == (["data/img", "data/state", "data/action"] if path.suffix == ".zip" else ["data/action"])
+
+
+def test_the_same_array_read_as_image_and_as_numbers_has_two_memory_maps(folder, tmp_path):
+    as_numbers = {"x": {"source": "img", "shape": [8, 6, 3], "type": "low_dim"}}
+    for sources, kind in ((SOURCES, np.uint8), (as_numbers, np.float32)):
+        buffer = ReplayBuffer.open(folder, sources, storage="mmap", cache_dir=tmp_path / "cache")
+        assert next(iter(buffer.arrays.values())).dtype == kind
+
+
+def test_a_failed_decoding_leaves_nothing_in_the_cache(folder, tmp_path):
+    zarr.open_group(str(folder), mode="r+")["data/action"][20, 1] = np.nan
+    only_action = {"action": SOURCES["action"]}
+    with pytest.raises(ValueError, match="NaN"):
+        ReplayBuffer.open(folder, only_action, storage="mmap", cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def _set(name, index, value):
+    def change(path):
+        zarr.open_group(str(path), mode="r+")[name][index] = value
+
+    return change
+
+
+def _replace(name, values):
+    def change(path):
+        zarr.open_group(str(path), mode="r+").create_array(name, data=np.asarray(values), overwrite=True)
+
+    return change
+
+
+def _remove(name):
+    return lambda path: shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
+
+
+def _overwrite(name, content):
+    return lambda path: (path / name).write_bytes(content)
+
+
+DEFECTS = {
+    "pixels above": (_set("data/img", (25, 0, 0, 0), 255.5), r"data/img: got pixels outside 0..255 .*allowed: 0..255"),
+    "pixels below": (_set("data/img", (0, 0, 0, 0), -1), r"data/img: got pixels outside"),
+    "pixels not finite": (_set("data/img", (0, 0, 0, 0), np.nan), r"data/img: got pixels outside"),
+    "NaN": (_set("data/action", (23, 1), np.nan), r"data/action: got NaN or inf in frame 23, allowed: finite"),
+    "inf": (_set("data/state", (8, 0), -np.inf), r"data/state: got NaN or inf in frame 8"),
+    "no episode_ends": (_remove("meta"), r"got no meta/episode_ends, allowed: a replay buffer"),
+    "missing key": (_remove("data/state"), r"got no data/state for 'agent_pos', allowed: action, img$"),
+    "no data": (_remove("data"), r"got no data/img for 'image', allowed: nothing"),
+    "image shape": (_replace("data/img", np.zeros((FRAMES, 9, 6, 3))), r"\(9, 6, 3\), allowed: \(8, 6, 3\)"),
+    "action shape": (
+        _replace("data/action", np.ones((FRAMES, 3))),
+        r"action: got shape .*\(3,\), allowed: \(2,\)",
+    ),
+    "too few columns": (
+        _replace("data/state", np.ones((FRAMES, 3))),
+        r"\(3,\), allowed: .* columns \[3, 0\]",
+    ),
+    "no numbers": (_replace("data/action", np.full((FRAMES, 2), "x")), r"data/action: got type .*allowed: numbers"),
+    "too few frames": (_replace("data/action", np.ones((FRAMES - 1, 2))), r"action: got 29 frames, allowed: 30"),
+    "too many frames": (_replace("data/action", np.ones((FRAMES + 1, 2))), r"action: got 31 frames, allowed: 30"),
+    "empty episode": (_replace("meta/episode_ends", [7, 7, 30]), r"got 7 at position 1, allowed: strictly increasing"),
+    "falling ends": (_replace("meta/episode_ends", [7, 5, 30]), r"got 5 at position 1, allowed: strictly increasing"),
+    "zero first": (_replace("meta/episode_ends", [0, 5, 30]), r"got 0 at position 0, allowed: strictly increasing"),
+    "no episode": (_replace("meta/episode_ends", np.empty(0, int)), r"got shape \(0,\), allowed: \(E,\) with E >= 1"),
+    "ends shape": (_replace("meta/episode_ends", [[30]]), r"got shape \(1, 1\), allowed: \(E,\)"),
+    "ends too large": (_replace("meta/episode_ends", [7, 31]), r"got 30 frames, allowed: 31, the last episode_ends"),
+    "missing chunk": (_remove("data/img/3.0.0.0"), r"data/img: got 4 of 5 chunks, allowed: all"),
+    "corrupt chunk": (_overwrite("data/action/1.0", b"garbage"), r"data/action: got a chunk that cannot be decoded"),
+    "empty chunk": (_overwrite("data/img/1.0.0.0", b""), r"data/img: got a chunk that cannot be decoded"),
+    "corrupt ends": (
+        _overwrite("meta/episode_ends/0", b"garbage"),
+        r"episode_ends: got a chunk that cannot be",
+    ),
+    "corrupt description": (_overwrite("data/img/.zarray", b"{"), r"data/img: got a description that cannot be read"),
+    "corrupt group": (_overwrite(".zgroup", b"{"), r"demos.zarr: got something that is not a readable zarr"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects_are_named(folder, defect):
+    change, message = DEFECTS[defect]
+    change(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        ReplayBuffer.open(folder, SOURCES)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_missing_path_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"got .*nowhere\.zarr, which does not exist"):
+        ReplayBuffer.open(tmp_path / "nowhere.zarr", SOURCES)
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "text file", "zip without zarr", "truncated zip", "no zip"])
+def test_what_is_no_zarr_is_named(folder, tmp_path, kind):
+    path = tmp_path / ("other" if kind in ("empty folder", "text file") else "other.zip")
+    if kind == "empty folder":
+        path.mkdir()
+    elif kind == "zip without zarr":
+        shutil.make_archive(str(path.with_suffix("")), "zip", tmp_path, "demos.zarr")  # one folder too deep
+    elif kind == "truncated zip":
+        shutil.make_archive(str(path.with_suffix("")), "zip", folder)
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        path.write_text("not a data set")
+    with pytest.raises(ValueError, match=r"other(\.zip)?: got something that is not a readable zarr group"):
+        ReplayBuffer.open(path, SOURCES)
+
+
+@pytest.mark.parametrize(("storage", "cache_dir"), [("disk", "x"), ("mmap", None)])
+def test_storage_is_checked(folder, storage, cache_dir):
+    with pytest.raises(ValueError, match=f"storage: got '{storage}'.*allowed: "):
+        ReplayBuffer.open(folder, SOURCES, storage=storage, cache_dir=cache_dir)
