@@ -16,7 +16,7 @@ def keypoints(states):
     """Corners of the T and the agent in the world, the true state behind an image.
 
     states (..., 5) [agent x, agent y, block x, block y, block angle] -> (..., 9, 2) px: the eight corners in the
-    order of gym-pusht's ``get_keypoints``, then the agent.
+    order of gym-pusht's ``add_tee``, then the agent.
     """
     states = np.asarray(states, dtype=np.float64)
     # Corners of the two rectangles of the T in the block frame: bar, then stem (gym-pusht ``add_tee``, scale 30).

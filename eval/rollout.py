@@ -19,8 +19,8 @@ from eval.intervals import mean_interval, rate_interval
 from eval.video import write_grid
 from policy.checkpoint import load_policy
 
-# Matrix products may round differently for different batch sizes, and contacts amplify that; every policy call
-# therefore has this many rows (the last ones repeat one), whatever the number of environments.
+# Kernels round differently for different batch sizes, and for rows at the end of a batch, and contacts amplify that.
+# Every policy call therefore has this many rows (free ones repeat another), and an episode always has the same one.
 POLICY_BATCH = 25
 NUM_ENVS = 50
 
@@ -63,18 +63,24 @@ class Episode:
 
 
 def _act(policy, episodes, num_inference_steps):
-    """Action chunks (Ta, Da) for each of ``episodes``, in calls of POLICY_BATCH rows."""
-    chunks = []
-    for start in range(0, len(episodes), POLICY_BATCH):
-        part = episodes[start : start + POLICY_BATCH]
-        padding = POLICY_BATCH - len(part)
-        rows = part + [part[0]] * padding
-        obs = {key: np.stack([np.stack([o[key] for o in e.history]) for e in rows]) for key in part[0].history[0]}
-        generators = [e.generator for e in part] + [torch.Generator() for _ in range(padding)]
+    """Action chunks (Ta, Da) for each of ``episodes``, in calls of POLICY_BATCH rows; the seed decides on the row."""
+    calls = []  # {row: episode}
+    for episode in episodes:
+        row = episode.seed % POLICY_BATCH
+        free = next((call for call in calls if row not in call), None)
+        if free is None:
+            calls.append(free := {})
+        free[row] = episode
+    chunks = {}
+    for call in calls:
+        filler = next(iter(call.values()))
+        rows = [call.get(row, filler) for row in range(POLICY_BATCH)]
+        generators = [call[row].generator if row in call else torch.Generator() for row in range(POLICY_BATCH)]
+        obs = {key: np.stack([np.stack([o[key] for o in e.history]) for e in rows]) for key in filler.history[0]}
         obs = {key: torch.from_numpy(value) for key, value in obs.items()}
-        actions = policy.act(obs, generator=generators, num_inference_steps=num_inference_steps)
-        chunks.extend(actions[: len(part)].cpu().numpy())
-    return chunks
+        actions = policy.act(obs, generator=generators, num_inference_steps=num_inference_steps).cpu().numpy()
+        chunks |= {episode.seed: actions[row] for row, episode in call.items()}
+    return [chunks[episode.seed] for episode in episodes]
 
 
 def rollout(policy, env_options, *, episodes, seed, num_envs=NUM_ENVS, videos=0, num_inference_steps=None):
@@ -137,12 +143,15 @@ def main(argv=None):
     parser.add_argument("--num-envs", type=int, default=NUM_ENVS, help="environments at a time")
     parser.add_argument("--videos", type=int, default=9, help="episodes to film")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps, default as trained")
+    parser.add_argument("--action-steps", type=int, default=None, help="executed steps of a chunk, default as trained")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=None, help="default: rollouts/NAME")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; allowed here: cpu")
     policy = load_policy(args.checkpoint, args.device)
+    if args.action_steps is not None:
+        policy.set_action_steps(args.action_steps)
     summary, films = rollout(
         policy,
         policy.config["task"]["env"],

@@ -17,11 +17,13 @@ def read_metrics(run_dir):
 
 
 def plot_curves(run_dir):
-    """Write curves.png of a run folder from its metrics.jsonl; returns the path."""
+    """Write curves.png of a run folder from its metrics.jsonl; returns the path, or None with nothing to draw."""
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     lines = read_metrics(run_dir)
     groups = [group for group in GROUPS if any(key in line for key in group[1] for line in lines)]
+    if not groups:
+        return None
     figure = Figure(figsize=(4.6 * len(groups), 3.6), layout="constrained")
     for axes, (title, keys, logarithmic) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         for key in keys:

@@ -30,12 +30,10 @@ class DiffusionPolicy(nn.Module):
         self, *, shape_meta, horizon, obs_steps, action_steps, crop, encoder, attention, denoiser, noise, sampler
     ):
         super().__init__()
-        self.horizon, self.obs_steps, self.action_steps = horizon, obs_steps, action_steps
-        if not obs_steps - 1 + action_steps <= horizon or min(obs_steps, action_steps) < 1:
-            raise ValueError(
-                f"obs_steps, action_steps: got {obs_steps}, {action_steps}, allowed: at least 1 each and"
-                f" obs_steps - 1 + action_steps <= horizon {horizon}"
-            )
+        self.horizon, self.obs_steps = horizon, obs_steps
+        if not 1 <= obs_steps <= horizon:
+            raise ValueError(f"obs_steps: got {obs_steps}, allowed: 1 to the horizon {horizon}")
+        self.set_action_steps(action_steps)
         obs_meta, action_meta = shape_meta["obs"], shape_meta["action"]
         (self.action_dim,) = action_meta["shape"]
         self.relative_to = action_meta.get("relative_to")
@@ -55,6 +53,13 @@ class DiffusionPolicy(nn.Module):
         self.sampler = lookup("sampler", sampler["name"], SCHEDULERS).from_config(self.noise_scheduler.config)
         self.num_inference_steps = sampler["num_inference_steps"]
         self._check_inference_steps(self.num_inference_steps)
+
+    def set_action_steps(self, action_steps):
+        """How many steps of a chunk ``act`` returns; training does not depend on it."""
+        most = self.horizon - self.obs_steps + 1
+        if not 1 <= action_steps <= most:
+            raise ValueError(f"action_steps: got {action_steps}, allowed: 1 to {most} (horizon - obs_steps + 1)")
+        self.action_steps = action_steps
 
     def _check_relative(self, obs_meta):
         if self.relative_to is None:

@@ -211,6 +211,7 @@ class Trainer:
 
     def _end_epoch(self, epoch):
         """Validation, rollouts, curves and checkpoints that are due after ``epoch`` epochs."""
+        self._check_finite()  # a rollout with such weights would fail in words of its own
         options, last = self.options, self.step == self.total_steps
         values = {}
         if self.val_data is not None and (epoch % options.val_every == 0 or last):
@@ -220,6 +221,8 @@ class Trainer:
             if self.accelerator.is_main_process:
                 metrics = self.evaluate(self.ema.model, epoch)
                 values.update(metrics)
+                if options.score not in metrics:
+                    raise ValueError(f"training.score: got {options.score!r}, allowed: {', '.join(metrics)}")
                 score = metrics[options.score]
             self.accelerator.wait_for_everyone()
         if values:
@@ -233,6 +236,11 @@ class Trainer:
 
     # Checkpoints ---------------------------------------------------------------------------------------------
 
+    def _check_finite(self):
+        """Raise RuntimeError when a weight is NaN or inf, which one bad gradient makes of all of them."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.trained):
+            raise RuntimeError(f"weights: got NaN or inf at step {self.step}; the last checkpoint is untouched")
+
     def _weights(self, model, prefix):
         return {f"{prefix}.{name}": tensor for name, tensor in model.state_dict().items()}
 
@@ -240,6 +248,7 @@ class Trainer:
         """Write checkpoints/last.safetensors: all that resuming needs."""
         if not self.accelerator.is_main_process or self._last_save == self.step:
             return
+        self._check_finite()
         tensors = {**self._weights(self.raw_model, "model"), **self._weights(self.ema.model, "ema")}
         for name, parameter in zip(self.names, self.trained, strict=True):
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -281,7 +290,9 @@ class Trainer:
             step = values.pop("step")
             moments = {key: value.to(parameter.device) for key, value in values.items()}
             self.optimizer.state[parameter] = {"step": step.to(parameter.device), **moments}
-        self.step, self.scores = state["step"], state["scores"]
+        # A run killed after that checkpoint may have replaced some of the best ones since.
+        self.scores = {name: score for name, score in state["scores"].items() if (path.parent / name).exists()}
+        self.step = state["step"]
         metrics = self.run_dir / "metrics.jsonl"
         if self.accelerator.is_main_process and metrics.exists():
             lines = [line for line in metrics.read_text().splitlines(keepends=True) if _before(line, self.step)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from policy.dataset.download import ARCHIVES, Archive, main
+from policy.dataset.download import ARCHIVES, Archive, fetch, main
 
 MEMBER = "pusht/demos.zarr"
 FILES = {f"{MEMBER}/.zgroup": b'{"zarr_format": 2}', f"{MEMBER}/data/img/0.0": bytes(range(256)) * 400}
@@ -117,6 +117,16 @@ def test_an_interrupted_download_goes_on_or_starts_afresh(server, tmp_path, caps
     server.breaks = None
     assert call(capsys, "demos", "--output", tmp_path)[0] == 0
     assert server.asked == [None, "bytes=1000-"] and contents(tmp_path) == FILES
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_fetched_file_is_the_content_byte_for_byte(server, tmp_path, ranges):
+    """A zip with rubbish in front would still unpack, so the file itself is compared."""
+    server.ranges = ranges
+    partial = tmp_path / "file"
+    partial.write_bytes(server.content[:1000])
+    fetch(ARCHIVES["demos"].url, partial)
+    assert partial.read_bytes() == server.content
 
 
 def test_a_download_that_was_complete_is_only_unpacked(server, tmp_path, capsys):

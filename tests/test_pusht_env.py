@@ -93,8 +93,9 @@ def test_reset_and_steps_equal_the_gymnasium_environment(env, seed):
         expected, reward, terminated, _, info = reference.step(action.clip(0, 512))
         got, done, got_info = env.step(action)
         np.testing.assert_array_equal(env.state, expected)
-        assert (got, done) == (float(reward), bool(terminated))
-        assert got_info == {"coverage": info["coverage"], "success": info["is_success"]}
+        # The area of an intersection, which shapely computes, differs in its last bit from one call to another.
+        assert (got, got_info["coverage"]) == pytest.approx((reward, info["coverage"]), rel=1e-12, abs=1e-12)
+        assert (done, got_info["success"], set(got_info)) == (terminated, terminated, {"coverage", "success"})
     reference.close()
 
 
@@ -107,10 +108,11 @@ def test_keypoints_are_the_corners_of_gym_pusht_and_the_agent(env):
         theirs = env._env.get_keypoints(env._env._block_shapes)  # the order of its corners is pymunk's
         distance = np.linalg.norm(points[:8, None] - theirs[None], axis=-1)  # (8, 8)
         assert distance.min(axis=0).max() < 1e-6 and distance.min(axis=1).max() < 1e-6
-        np.testing.assert_array_equal(points[8], env._env.agent.position)
-    # The eight names stay on their corners while the T moves: all mutual distances are constant.
-    mutual = np.linalg.norm(ours[:, :8, None] - ours[:, None, :8], axis=-1)
-    np.testing.assert_allclose(mutual, np.broadcast_to(mutual[0], mutual.shape), rtol=0, atol=1e-6)
+        assert tuple(points[8]) == tuple(state[:2])
+        # Pre-trained encoders rely on their order: bar, then stem, as gym-pusht's add_tee lists them.
+        local = [env._env.block.world_to_local(tuple(point)) for point in points[:8]]
+        bar, stem = [(-60, 30), (60, 30), (60, 0), (-60, 0)], [(-15, 30), (-15, 120), (15, 120), (15, 30)]
+        np.testing.assert_allclose(local, bar + stem, rtol=0, atol=1e-6)
 
 
 def test_keypoints_take_any_leading_shape():

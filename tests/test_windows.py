@@ -150,6 +150,15 @@ def test_epoch_order_depends_on_seed_and_epoch(group):
     assert len(orders) == 100
 
 
+def test_groups_are_cut_elsewhere_in_other_epochs():
+    """So that a window has other neighbours: over 40 epochs, every cut modulo the group of four occurs."""
+    cuts = set()
+    for epoch in range(40):
+        order = epoch_order(100, seed=0, epoch=epoch, group=4)
+        cuts |= {int(b) % 4 for a, b in zip(order, order[1:], strict=False) if b != a + 1 and b > 0}
+    assert cuts == {0, 1, 2, 3}
+
+
 def test_every_position_of_an_epoch_gets_every_window_equally_often():
     """Chi-square of window at first position over 4000 epochs: 19 degrees of freedom, 99.9 % quantile 43.8."""
     counts = np.bincount([epoch_order(20, seed=3, epoch=epoch)[0] for epoch in range(4000)], minlength=20)

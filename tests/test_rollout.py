@@ -1,0 +1,412 @@
+"""Rollouts: the same rows for any number of environments, what the policy sees, intervals, videos and results."""
+
+import itertools
+import json
+import math
+
+import av
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import envs
+from envs.pusht import PushT
+from eval import rollout as module
+from eval.intervals import Z95, mean_interval, rate_interval
+from eval.rollout import POLICY_BATCH, describe, main, rollout, summarize, write_results
+from eval.video import GAP, write_grid
+from policy.build import build_model
+from policy.checkpoint import save_checkpoint
+
+MADE = []  # environments of the running test
+
+
+class FakeEnv:
+    """Chaotic in its actions, so that one different bit shows; observations tell (seed, step). Lengths vary by seed."""
+
+    def __init__(self, *, length=None, images=False):
+        self.length, self.images = length, images
+        self.observed, self.framed, self.seeds, self.actions = [], 0, [], []
+        MADE.append(self)
+
+    def reset(self, seed):
+        self.seed, self.steps = seed, 0
+        self.end = self.length or 3 + 7 * seed % 11
+        self.x = np.random.default_rng(seed).uniform(0.2, 0.8, 2)
+        self.seeds.append(seed)
+        self.actions.append([])
+
+    def observe(self):
+        self.observed.append((self.seed, self.steps))
+        obs = {"agent_pos": np.array([self.seed % 1000, self.steps], np.float32)}
+        if self.images:
+            obs["image"] = np.random.default_rng([self.seed, self.steps]).integers(0, 256, (3, 12, 12), dtype=np.uint8)
+        return obs
+
+    def step(self, action):
+        assert action.shape == (2,) and np.isfinite(action).all()
+        self.actions[-1].append(np.array(action))
+        self.steps += 1
+        self.x = (3.99 * self.x * (1 - self.x) + 0.1 * np.asarray(action, np.float64)) % 1.0
+        return float(self.x[0]), self.steps >= self.end, {"success": self.steps == 2 and self.seed % 3 == 0}
+
+    def frame(self, size=32):
+        self.framed += 1
+        return np.full((size, size, 3), 20 * self.steps % 256, np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def fake_environment(monkeypatch):
+    monkeypatch.setitem(envs.ENVIRONMENTS, "fake", f"{__name__}:FakeEnv")
+    MADE.clear()
+
+
+class Recorder:
+    """A policy that notes what it sees and returns actions that name the row's seed and step."""
+
+    def __init__(self, obs_steps, action_steps):
+        self.obs_steps, self.action_steps = obs_steps, action_steps
+        self.seen, self.draws, self.asked = [], {}, []
+
+    def act(self, obs, *, generator, num_inference_steps):
+        place = obs["agent_pos"]
+        assert place.shape == (POLICY_BATCH, self.obs_steps, 2) and len(generator) == POLICY_BATCH
+        self.asked.append(num_inference_steps)
+        now, drawn = set(), []
+        for row, one in zip(place, generator, strict=True):
+            seed, step = (int(number) for number in row[-1])
+            number = torch.rand((), generator=one).item()
+            if seed not in now:  # rows that fill up the batch repeat another
+                now.add(seed)
+                self.seen.append((seed, [int(s) for s in row[:, 1]]))
+                assert {int(s) for s in row[:, 0]} == {seed}
+            drawn.append((seed, number))
+        for seed in now:
+            self.draws.setdefault(seed, []).append([number for s, number in drawn if s == seed])
+        offsets = torch.arange(self.action_steps)[None, :, None].expand(POLICY_BATCH, -1, 1)
+        return torch.cat([place[:, -1:, :1].expand_as(offsets), place[:, -1:, 1:] + offsets], dim=2)
+
+
+# Observations and actions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("obs_steps", "action_steps"), [(2, 4), (1, 3), (3, 2), (2, 1), (3, 3)])
+def test_the_policy_sees_the_last_observations(obs_steps, action_steps):
+    policy = Recorder(obs_steps, action_steps)
+    rollout(policy, {"name": "fake", "length": 9}, episodes=3, seed=10, num_envs=2)
+    for seed in (10, 11, 12):
+        histories = [steps for s, steps in policy.seen if s == seed]
+        calls = math.ceil(9 / action_steps)
+        assert len(histories) == calls
+        for call, steps in enumerate(histories):
+            now = call * action_steps
+            assert steps == [max(now - back, 0) for back in reversed(range(obs_steps))]
+
+
+@pytest.mark.parametrize(("obs_steps", "action_steps"), [(2, 4), (1, 3), (3, 2)])
+def test_only_needed_steps_are_observed(obs_steps, action_steps):
+    """The start, then the last To of every Ta steps; the end of an episode is not looked at."""
+    rollout(Recorder(obs_steps, action_steps), {"name": "fake", "length": 9}, episodes=2, seed=10, num_envs=1)
+    (env,) = MADE
+    expected = [0]
+    for now in range(0, 9, action_steps):
+        chunk = range(now + 1, now + action_steps + 1)
+        expected += [step for step in list(chunk)[-obs_steps:] if step < 9]
+    assert env.observed == [(seed, step) for seed in (10, 11) for step in expected]
+    assert env.framed == 0
+
+
+def test_actions_are_executed_in_order():
+    policy = Recorder(2, 4)
+    summary, _ = rollout(policy, {"name": "fake"}, episodes=5, seed=10, num_envs=2)
+    assert len(MADE) == 2
+    for env in MADE:
+        for seed, actions in zip(env.seeds, env.actions, strict=True):
+            length = 3 + 7 * seed % 11
+            np.testing.assert_array_equal(actions, [[seed, step] for step in range(length)])
+    assert sorted(seed for env in MADE for seed in env.seeds) == [10, 11, 12, 13, 14]
+    assert [row["steps"] for row in summary["episodes"]] == [3 + 7 * seed % 11 for seed in range(10, 15)]
+
+
+def test_every_episode_has_its_own_noise():
+    """The generator of an episode is seeded by its seed and advances with its own calls only."""
+    policy = Recorder(2, 4)
+    rollout(policy, {"name": "fake"}, episodes=6, seed=10, num_envs=3, num_inference_steps=7)
+    for seed in range(10, 16):
+        generator = torch.Generator().manual_seed(seed)
+        for numbers in policy.draws[seed]:
+            assert torch.rand((), generator=generator).item() in numbers
+    assert set(policy.asked) == {7}
+
+
+# Scores ----------------------------------------------------------------------------------------------------------
+
+
+def tiny_policy(**options):
+    torch.manual_seed(0)
+    policy = build_model(tiny.policy_config(**options)).eval()
+    policy.normalizer.fit("agent_pos", torch.tensor([[0.0, 0.0], [50.0, 20.0]]))
+    return policy
+
+
+def test_scores_follow_from_the_rewards():
+    """An episode's score is its largest reward, success that of any step; seeds are consecutive."""
+    summary, _ = rollout(Recorder(2, 4), {"name": "fake"}, episodes=7, seed=30, num_envs=3)
+    assert [row["seed"] for row in summary["episodes"]] == list(range(30, 37))
+    for row in summary["episodes"]:
+        env = FakeEnv()
+        env.reset(row["seed"])
+        rewards, done = [], False
+        while not done:
+            reward, done, _ = env.step(np.array([row["seed"], env.steps]))
+            rewards.append(reward)
+        assert row == {
+            "seed": row["seed"],
+            "score": max(rewards),
+            "success": row["seed"] % 3 == 0,
+            "steps": len(rewards),
+        }
+        assert type(row["success"]) is bool
+    scores = [row["score"] for row in summary["episodes"]]
+    assert summary["score_mean"] == pytest.approx(sum(scores) / 7)
+    assert summary["success_rate"] == pytest.approx(3 / 7)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_results_do_not_depend_on_the_number_of_environments(images):
+    """Bit for bit, in an environment that doubles every difference with each step."""
+    policy = tiny_policy(images=images, sampler="ddpm")
+    run = {"episodes": 2 + POLICY_BATCH if not images else 9, "seed": 100, "num_inference_steps": 2}
+    expected, _ = rollout(policy, {"name": "fake", "images": images}, num_envs=1, **run)
+    assert len({row["score"] for row in expected["episodes"]}) == run["episodes"]
+    for num_envs in (3, 7, 50):
+        summary, _ = rollout(policy, {"name": "fake", "images": images}, num_envs=num_envs, **run)
+        assert summary == expected
+    # Nor on which other episodes there are.
+    (row,) = rollout(policy, {"name": "fake", "images": images}, episodes=1, seed=104, num_inference_steps=2)[0]["episodes"]  # fmt: skip  # noqa: E501
+    assert row == expected["episodes"][4]
+
+
+def test_an_episode_gets_the_same_actions_in_any_company():
+    """Bit for bit: torch rounds the last elements of an array differently, so that a row must not wander."""
+    denoiser = {"widths": [32, 64], "kernel_size": 3, "groups": 8, "step_dim": 64}
+    policy = tiny_policy(model={"denoiser": denoiser})
+
+    def actions(seeds):
+        episodes = [module.Episode(FakeEnv(), seed, 2, film=False) for seed in seeds]
+        return dict(zip(seeds, module._act(policy, episodes, 10), strict=True))
+
+    seeds = list(range(40, 40 + 2 * POLICY_BATCH))
+    expected = actions(seeds)
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        some = [int(seed) for seed in rng.choice(seeds, rng.integers(1, len(seeds)), replace=False)]
+        for seed, chunk in actions(some).items():
+            assert np.array_equal(chunk, expected[seed])
+
+
+def test_options_of_a_rollout_matter():
+    policy = tiny_policy()
+    run = {"episodes": 3, "seed": 100}
+    expected, _ = rollout(policy, {"name": "fake"}, **run)
+    assert rollout(policy, {"name": "fake"}, **run)[0] == expected
+    assert rollout(policy, {"name": "fake"}, **run, num_inference_steps=2)[0] != expected
+    assert rollout(policy, {"name": "fake", "length": 2}, **run)[0] != expected
+    other = rollout(policy, {"name": "fake"}, episodes=3, seed=101)[0]["episodes"]
+    assert other[:2] == expected["episodes"][1:]
+
+
+def test_rollout_errors():
+    for episodes, num_envs in ((0, 5), (5, 0)):
+        with pytest.raises(ValueError, match=f"episodes, num_envs: got {episodes}, {num_envs}, allowed: both >= 1"):
+            rollout(Recorder(2, 4), {"name": "fake"}, episodes=episodes, seed=0, num_envs=num_envs)
+    with pytest.raises(ValueError, match="task.env.name: got 'unreal', allowed: fake, pusht"):
+        rollout(Recorder(2, 4), {"name": "unreal"}, episodes=1, seed=0)
+
+
+def test_pusht_by_hand():
+    """Two short real episodes equal the plain loop: look, act, step; whatever the number of environments."""
+    config = tiny.policy_config(images=True, crop=20)
+    config["task"]["shape_meta"]["obs"]["image"]["shape"] = [3, 24, 24]
+    torch.manual_seed(0)
+    policy = build_model(config).eval()
+    bounds = torch.tensor([[0.0, 0.0], [512.0, 512.0]])
+    policy.normalizer.fit("agent_pos", bounds), policy.normalizer.fit("action", bounds)
+    env = {"name": "pusht", "max_steps": 10, "image_size": 24}
+    summary, films = rollout(policy, env, episodes=2, seed=100_000, num_envs=2, videos=1)
+    again, _ = rollout(policy, env, episodes=2, seed=100_000, num_envs=1)
+    assert again == summary
+    assert [row["steps"] for row in summary["episodes"]] == [10, 10]
+    assert len(films) == 1 and len(films[0]["frames"]) == 11 and films[0]["frames"][0].shape == (256, 256, 3)
+    for row in summary["episodes"]:
+        world, generator = PushT(max_steps=10, image_size=24), torch.Generator().manual_seed(row["seed"])
+        world.reset(row["seed"])
+        looks, rewards, done = [world.observe()] * 2, [], False
+        while not done:
+            obs = {key: np.stack([look[key] for look in looks[-2:]])[None] for key in looks[-1]}
+            # All rows alike, so that rounding is that of the rollout.
+            obs = {key: np.repeat(value, POLICY_BATCH, axis=0) for key, value in obs.items()}
+            generators = [torch.Generator() for _ in range(POLICY_BATCH)]
+            generators[row["seed"] % POLICY_BATCH] = generator
+            for action in policy.act(obs, generator=generators)[row["seed"] % POLICY_BATCH].numpy():
+                reward, done, _ = world.step(action)
+                rewards.append(reward)
+                looks.append(world.observe())
+                if done:
+                    break
+        assert row["score"] == max(rewards)
+
+
+# Intervals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trials", [1, 5, 50])
+def test_rate_interval_solves_the_score_equation(trials):
+    """Wilson: the rates p for which the observed one is exactly z standard errors away."""
+    assert math.erf(Z95 / 2**0.5) == pytest.approx(0.95, abs=1e-12)
+    for successes in range(trials + 1):
+        low, high = rate_interval(successes, trials)
+        assert 0 <= low <= successes / trials <= high <= 1
+        for bound in (low, high):
+            if bound not in (0.0, 1.0) and not (successes == 0 and bound == low):
+                error = math.sqrt(bound * (1 - bound) / trials)
+                assert abs(successes / trials - bound) == pytest.approx(Z95 * error, abs=1e-9)
+    assert rate_interval(0, trials)[0] == pytest.approx(0, abs=1e-12)
+    assert rate_interval(0, trials)[1] == pytest.approx(Z95**2 / (trials + Z95**2))
+    assert rate_interval(trials, trials)[0] == pytest.approx(trials / (trials + Z95**2))
+
+
+def test_rate_interval_of_the_usual_evaluation():
+    """40 of 50, worked with the formula by hand: centre 0.7786, half width 0.1090."""
+    assert rate_interval(40, 50) == pytest.approx([0.6696, 0.8876], abs=2e-4)
+
+
+def test_mean_interval_of_few_values_by_enumeration():
+    """All 4^4 resamples of four values instead of random ones."""
+    values = [0.1, 0.35, 0.5, 1.0]
+    means = np.array([np.mean(draw) for draw in itertools.product(values, repeat=4)])
+    low, high = mean_interval(values, resamples=200_000)
+    assert low == pytest.approx(np.quantile(means, 0.025), abs=0.01)
+    assert high == pytest.approx(np.quantile(means, 0.975), abs=0.01)
+    assert mean_interval([0.4, 0.9, 0.6]) == pytest.approx([0.4, 0.9])  # 1 of 27 resamples is all minima
+
+
+def test_mean_interval_of_many_values():
+    """Close to the normal interval where that holds, the same every time, and inside the range of the values."""
+    values = np.random.default_rng(1).uniform(0, 1, 400)
+    half = 1.96 * values.std() / 20
+    interval = mean_interval(values)
+    assert interval == pytest.approx([values.mean() - half, values.mean() + half], abs=0.1 * half)
+    assert mean_interval(values) == interval and all(type(bound) is float for bound in interval)
+    assert mean_interval([1.0] * 9) == [1.0, 1.0] and mean_interval([0.3]) == [0.3, 0.3]
+    assert mean_interval([1.0] * 45 + [0.2] * 5)[1] <= 1.0
+
+
+# Results and videos ----------------------------------------------------------------------------------------------
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.average_rate == 10
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+
+
+def film(colours, *, success=False, size=64):
+    frames = [np.full((size, size, 3), colour, np.uint8) for colour in colours]
+    return {"frames": frames, "score": [0.1] * len(frames), "seed": 1, "success": success}
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (3, 2, 2), (5, 3, 2)])
+def test_video_of_a_grid(tmp_path, count, columns, rows):
+    """Every tile shows its episode in time; one that ends early keeps its last frame."""
+    colours = [(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (60, 200, 200)]
+    episodes = [film([(128, 128, 128)] * n + [colours[n]] * (n + 2)) for n in range(count)]
+    path = write_grid(tmp_path / "a.mp4", episodes, hold=3)
+    video = decode(path)
+    longest = 2 * (count - 1) + 2
+    assert len(video) == longest + 3
+    height, width = (n * (64 + GAP) - GAP for n in (rows, columns))
+    assert video.shape[1:] == (height, width, 3)
+    for time, picture in enumerate(video):
+        for number in range(count):
+            row, column = divmod(number, columns)
+            tile = picture[row * (64 + GAP) :, column * (64 + GAP) :][24:56, 8:56]
+            expected = (128, 128, 128) if time < number else colours[number]
+            assert np.abs(tile.mean(axis=(0, 1)) - expected).max() < 12, (time, number)
+
+
+def test_video_of_odd_size_and_labels(tmp_path):
+    """H.264 wants even sides. The label is white, with ink that turns green or red at the end."""
+    for success, channel in ((True, 1), (False, 0)):
+        video = decode(write_grid(tmp_path / "a.mp4", [film([(90, 90, 90)] * 4, success=success, size=129)], hold=1))
+        assert video.shape == (5, 130, 130, 3)
+        label = video[:, 1:13, 2:128].astype(int)
+        assert np.median(label) > 240 and (label[0].min(axis=2) < 110).any()
+        tint = label[-1] - label[-1].mean(axis=2, keepdims=True)
+        assert tint[..., channel].max() > 25 and tint[..., 1 - channel].max() < 20
+        assert np.abs(label[0] - label[0].mean(axis=2, keepdims=True)).max() < 10
+
+
+def test_films_of_a_rollout(tmp_path):
+    policy = Recorder(2, 4)
+    summary, films = rollout(policy, {"name": "fake"}, episodes=4, seed=10, num_envs=2, videos=2)
+    assert [one["seed"] for one in films] == [10, 11]
+    for one, row in zip(films, summary["episodes"], strict=False):
+        assert len(one["frames"]) == len(one["score"]) == row["steps"] + 1
+        assert one["score"] == sorted(one["score"]) and one["score"][0] == 0 and one["score"][-1] == row["score"]
+        assert one["success"] == row["success"]
+        assert [frame[0, 0, 0] for frame in one["frames"]] == [20 * step % 256 for step in range(row["steps"] + 1)]
+    assert sum(env.framed for env in MADE) == sum(row["steps"] + 1 for row in summary["episodes"][:2])
+    write_results(tmp_path / "out", summary, films, name="epoch")
+    assert len(decode(tmp_path / "out" / "epoch.mp4")) == max(len(one["frames"]) for one in films) + 8
+    write_results(tmp_path / "none", summary, [])
+    assert [file.name for file in (tmp_path / "none").iterdir()] == ["summary.json"]
+
+
+def test_summary_of_rows():
+    rows = [{"seed": seed, "score": score, "success": score == 1, "steps": 5} for seed, score in enumerate([1, 0.5, 0])]
+    summary = summarize(rows)
+    assert list(summary) == ["score_mean", "score_ci95", "success_rate", "success_ci95", "episodes"]
+    assert summary["score_mean"] == 0.5 and summary["success_rate"] == pytest.approx(1 / 3)
+    assert summary["score_ci95"] == mean_interval([1, 0.5, 0]) and summary["success_ci95"] == rate_interval(1, 3)
+    assert summary["episodes"] == rows
+    assert describe(summary) == "score 0.500 [0.000, 1.000], success 33% [6%, 79%] over 3 episodes"
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    """From a checkpoint file to summary.json and a video; --steps and --episodes are heeded."""
+    policy = tiny_policy()
+    weights = {f"ema.{name}": tensor for name, tensor in policy.state_dict().items()}
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.safetensors"
+    save_checkpoint(checkpoint, weights, config=tiny.policy_config(), state={"step": 1})
+    shared = ["--episodes", "3", "--seed", "100", "--num-envs", "2", "--device", "cpu"]
+    main(["--checkpoint", str(tmp_path / "run"), *shared, "--videos", "1", "--output", str(tmp_path / "out")])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    expected, _ = rollout(policy, {"name": "fake"}, episodes=3, seed=100)
+    assert {"score_mean", "score_ci95", "success_rate", "success_ci95", "episodes"} <= set(summary)
+    assert {key: summary[key] for key in expected} == expected
+    assert set(summary["episodes"][0]) >= {"seed", "score", "success", "steps"}
+    printed = capsys.readouterr().out
+    assert describe(expected) in printed and f"wrote {tmp_path / 'out'}/summary.json" in printed
+    assert decode(tmp_path / "out" / "rollout.mp4").shape[1:] == (32, 32, 3)
+    monkeypatch.chdir(tmp_path)
+    main(["--checkpoint", str(checkpoint), *shared, "--videos", "0", "--steps", "2", "--output", "two"])
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    fewer, _ = rollout(policy, {"name": "fake"}, episodes=3, seed=100, num_inference_steps=2)
+    assert two["episodes"] == fewer["episodes"] != expected["episodes"]
+
+
+def test_command_errors(tmp_path, capsys, monkeypatch):
+    """One line and exit code 1."""
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    for arguments, message in (
+        (["--checkpoint", str(tmp_path / "none")], "error: checkpoint: got"),
+        (["--checkpoint", str(tmp_path), "--device", "cuda"], "error: --device: got 'cuda', but torch sees no CUDA"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith(message) and error.count("\n") == 1
