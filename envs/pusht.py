@@ -52,6 +52,7 @@ class PushT:
     def reset(self, seed):
         """Start from gym-pusht's initial state for ``seed``."""
         self._env.reset(seed=int(seed))
+        self._env._last_action = None  # gym-pusht keeps it, and draws it into the next episode's first frame
         self.steps = 0
 
     def reset_to(self, state):

@@ -140,6 +140,10 @@ def test_reset_to_forgets_the_past(env):
     first = states()
     env.reset(99)
     np.testing.assert_array_equal(states(), first)
+    env.reset_to(start)
+    fresh = PushT()
+    fresh.reset_to(start)
+    np.testing.assert_array_equal(env.frame(), fresh.frame())  # no mark of an earlier action
 
 
 # Steps and pictures --------------------------------------------------------------------------------------------------

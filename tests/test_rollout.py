@@ -376,7 +376,7 @@ def test_summary_of_rows():
 
 
 def test_command(tmp_path, capsys, monkeypatch):
-    """From a checkpoint file to summary.json and a video; --steps and --episodes are heeded."""
+    """From a checkpoint file to summary.json and a video; --steps and --action-steps are heeded."""
     policy = tiny_policy()
     weights = {f"ema.{name}": tensor for name, tensor in policy.state_dict().items()}
     checkpoint = tmp_path / "run" / "checkpoints" / "last.safetensors"
@@ -396,6 +396,11 @@ def test_command(tmp_path, capsys, monkeypatch):
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     fewer, _ = rollout(policy, {"name": "fake"}, episodes=3, seed=100, num_inference_steps=2)
     assert two["episodes"] == fewer["episodes"] != expected["episodes"]
+    main(["--checkpoint", str(checkpoint), *shared, "--videos", "0", "--action-steps", "1", "--output", "one"])
+    one = json.loads((tmp_path / "one" / "summary.json").read_text())
+    policy.action_steps = 1
+    closer, _ = rollout(policy, {"name": "fake"}, episodes=3, seed=100)
+    assert one["episodes"] == closer["episodes"] != expected["episodes"]
 
 
 def test_command_errors(tmp_path, capsys, monkeypatch):
