@@ -3,7 +3,7 @@
     python train.py --config-dir=config/pusht [--config-name=typea] [preset=paper|small|cpu|smoke] [key=value ...]
     python train.py --config-dir=config/pusht resume=RUN_FOLDER
 
-From this command to the loss in four files: the config, this one, policy/diffusion.py, policy/attention/fibottention.py.
+From here to the loss in four files: the config, this one, policy/diffusion.py, policy/attention/fibottention.py.
 """
 
 import os

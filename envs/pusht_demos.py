@@ -111,9 +111,7 @@ def gather(partial, arguments, indices):
                 seeds.append((arguments["seed"], index, int(episode["attempt"])))
                 recovery.append(is_recovery(index, arguments["recovery"]))
     if not states:
-        raise ValueError(
-            f"--episodes got {arguments['episodes']}, but none of them was solved; try another --seed"
-        )
+        raise ValueError(f"--episodes got {arguments['episodes']}, but none of them was solved; try another --seed")
     arrays = {
         "data/state": np.concatenate(states),
         "data/action": np.concatenate(actions),
@@ -196,9 +194,7 @@ def check_arguments(options):
     if not output.name.endswith((".zarr", ".zarr.zip")):
         raise ValueError(f"--output got {output}, allowed a name ending in .zarr or .zarr.zip")
     if not (output.parent.is_dir() and os.access(output.parent, os.W_OK | os.X_OK)):
-        raise ValueError(
-            f"--output got {output}, but {output.parent} is not a writable folder, allowed one that is"
-        )
+        raise ValueError(f"--output got {output}, but {output.parent} is not a writable folder, allowed one that is")
     content = ("episodes", "seed", "recovery", "settings")
     return {"version": VERSION} | {name: getattr(options, name) for name in content}
 
@@ -248,9 +244,7 @@ def generate(options):
     for name, value in arguments.items():
         if stored is not None and stored.get(name) != value:
             place = output if output.exists() else partial
-            raise ValueError(
-                f"--{name} got {value}, but {place} was made with {stored.get(name)}, allowed the same"
-            )
+            raise ValueError(f"--{name} got {value}, but {place} was made with {stored.get(name)}, allowed the same")
     if output.exists():
         print(f"{output} is complete")
         return
@@ -265,9 +259,7 @@ def generate(options):
     shutil.rmtree(partial)
     ends = arrays["meta/episode_ends"]
     size = sum(path.stat().st_size for path in [output, *output.rglob("*")] if path.is_file()) / 1000
-    print(
-        f"{len(ends)} episodes, {unsolved} left out as unsolved, {ends[-1] / len(ends):.1f} steps on average"
-    )
+    print(f"{len(ends)} episodes, {unsolved} left out as unsolved, {ends[-1] / len(ends):.1f} steps on average")
     print(f"{output}: {size:.0f} kB")
 
 
@@ -285,15 +277,9 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0, help="seed of all randomness (default %(default)s)")
     help_recovery = "share of episodes that start disturbed, 0 to 1 (default %(default)s)"
     parser.add_argument("--recovery", type=float, default=0.5, help=help_recovery)
-    parser.add_argument(
-        "--output", required=True, help="name of the set: X.zarr (a folder) or X.zarr.zip (one file)"
-    )
-    parser.add_argument(
-        "--processes", type=int, default=os.cpu_count(), help="processes (default %(default)s)"
-    )
-    help_settings = (
-        f"{' or '.join(RECOVERY_SETTINGS)} (default %(default)s); fast is 4 times cheaper, less smooth"
-    )
+    parser.add_argument("--output", required=True, help="name of the set: X.zarr (a folder) or X.zarr.zip (one file)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes (default %(default)s)")
+    help_settings = f"{' or '.join(RECOVERY_SETTINGS)} (default %(default)s); fast is 4 times cheaper, less smooth"
     parser.add_argument("--settings", default="smooth", help=help_settings)
     try:
         generate(parser.parse_args(arguments))

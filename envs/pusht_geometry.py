@@ -381,9 +381,7 @@ def primitive_targets(primitives, state, limits, max_steps):
         points, number = _approach(start, exit_u, exit_v, u, v, distances, previous)
         if number == 0:
             continue
-        approach_steps[i], steps[i] = _write_targets(
-            points, number, heading, primitives[i], pose, limits, targets[i]
-        )
+        approach_steps[i], steps[i] = _write_targets(points, number, heading, primitives[i], pose, limits, targets[i])
         if steps[i] - approach_steps[i] < 1:
             steps[i] = 0
     return targets, approach_steps, steps

@@ -20,9 +20,7 @@ from envs.pusht_physics import PushTSimulator, environment_at, full_state
 
 EPISODE_STEPS = 300
 MAX_PRIMITIVE_STEPS = 180
-PLANNED_COVERAGE = (
-    0.9503  # a little over gym-pusht's 0.95, so that a plan that differs in the last digits still ends
-)
+PLANNED_COVERAGE = 0.9503  # a little over gym-pusht's 0.95, so that a plan that differs in the last digits still ends
 MAY_COVER = 8.0  # px of mean corner distance above which the coverage is certainly below 0.95
 LEAST_PUSH_STEPS = 3  # a push may not stop earlier: doing almost nothing again and again would look cheap
 WORSE_STOP, WORSE_PUSH, WORSE_APPROACH = 5.0, 60.0, 80.0  # px over the distance at the start

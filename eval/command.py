@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-USER_ERRORS = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, HydraException, OmegaConfBaseException)
 CONFIG = Path(__file__).parent.parent / "config"
 
 

@@ -1,6 +1,6 @@
 """Diffusion policies with sparse-attention vision encoders; this package knows no simulator.
 
-Public: ``load_policy``, ``load_encoder`` (policy/checkpoint.py), ``policy.attention``, and the command lines of the README.
+Public: ``load_policy``, ``load_encoder`` (policy/checkpoint.py), ``policy.attention``, and the commands in README.
 """
 
 from policy.torchvision_ops import declare_missing_operators

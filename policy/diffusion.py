@@ -15,6 +15,7 @@ from policy.normalizer import Normalizer
 from policy.registry import lookup
 from policy.unet1d import ConditionalUNet1D
 
+PREDICTIONS = ("epsilon", "sample", "v_prediction")  # what the U-Net predicts: noise, clean actions, velocity
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
 
@@ -49,6 +50,8 @@ class DiffusionPolicy(nn.Module):
         )
         if horizon % self.denoiser.multiple:
             raise ValueError(f"horizon: got {horizon}, allowed: a multiple of {self.denoiser.multiple} (U-Net levels)")
+        if noise["prediction_type"] not in PREDICTIONS:
+            raise ValueError(f"prediction_type: got {noise['prediction_type']!r}, allowed: {', '.join(PREDICTIONS)}")
         self.noise_scheduler = DDPMScheduler(**noise)
         self.sampler = lookup("sampler", sampler["name"], SCHEDULERS).from_config(self.noise_scheduler.config)
         self.num_inference_steps = sampler["num_inference_steps"]
@@ -104,7 +107,8 @@ class DiffusionPolicy(nn.Module):
     def loss(self, batch, randomness):
         """{"loss": total, ...parts} of a batch of ``WindowDataset`` as tensors, with "crop" (U, 2) in [0, 1) or None.
 
-        The noise-prediction loss of DDPM, equation 14 of arXiv 2006.11239.
+        The noise-prediction loss of DDPM, equation 14 of arXiv 2006.11239, or the same error of the clean actions
+        or of the velocity (arXiv 2202.00512, section 4), as the scheduler's prediction_type says.
         """
         features = self.encoder(batch["obs"], batch.get("crop"))[batch["frame"]]  # (B, To, K)
         actions = batch["action"]
@@ -113,8 +117,16 @@ class DiffusionPolicy(nn.Module):
         actions = self.normalizer.normalize("action", actions)
         noisy = self.noise_scheduler.add_noise(actions, randomness["noise"], randomness["steps"])
         predicted = self.denoiser(noisy, randomness["steps"], features.flatten(1))
-        diffusion = F.mse_loss(predicted.float(), randomness["noise"])
+        diffusion = F.mse_loss(predicted.float(), self._target(actions, randomness))
         return {"loss": diffusion, "diffusion": diffusion.detach()}
+
+    def _target(self, actions, randomness):
+        prediction = self.noise_scheduler.config.prediction_type
+        if prediction == "epsilon":
+            return randomness["noise"]
+        if prediction == "sample":
+            return actions
+        return self.noise_scheduler.get_velocity(actions, randomness["noise"], randomness["steps"])
 
     def forward(self, batch, randomness):
         """The loss; torch's and accelerate's wrappers only know ``forward``."""

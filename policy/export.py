@@ -1,6 +1,6 @@
 """Strip a run to what inference needs: EMA weights and configuration, in one safetensors file to share.
 
-    python -m policy.export RUN_OR_CHECKPOINT OUTPUT.safetensors [--half]
+python -m policy.export RUN_OR_CHECKPOINT OUTPUT.safetensors [--half]
 """
 
 import argparse
@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from policy.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-
 
 HALF_SIZE = 4096  # entries from which a tensor is stored in half precision; ranges of the normaliser stay exact
 

@@ -1,4 +1,4 @@
-"""The one trainer: any model with ``forward(batch, randomness) -> {"loss": ...}`` on any dataset with ``batch(indices)``.
+"""The one trainer: any model with ``forward(batch, randomness) -> {"loss"}``, any data with ``batch(indices)``.
 
 Everything random is a function of (seed, step): the order of an epoch, noise, crops, dropout. A resumed run
 therefore needs only weights, optimizer moments and the step to go on bit for bit.
@@ -46,13 +46,14 @@ class Trainer:
     """
 
     def __init__(self, model, train_data, val_data, *, options, config, run_dir, evaluate=None, device="auto"):
+        _check_options(options)
         self.accelerator = _accelerator(options.precision, device)
         self.options, self.config, self.run_dir, self.evaluate = options, config, run_dir, evaluate
         self.train_data, self.val_data = train_data, val_data
         shard = self.accelerator.num_processes * options.gradient_accumulation
         if options.batch_size < 1 or options.batch_size % shard:
             raise ValueError(
-                f"batch_size: got {options.batch_size}, allowed: a multiple of processes x gradient_accumulation = {shard}"
+                f"batch_size: got {options.batch_size}, allowed: a multiple of {shard} (processes x accumulation)"
             )
         # A data set smaller than a batch still trains: its batch is then the whole of it.
         self.batch_size = min(options.batch_size, len(train_data) // shard * shard)
@@ -173,7 +174,9 @@ class Trainer:
         self._pending.clear()
         values = {key: self.accelerator.reduce(value, "mean").item() for key, value in means.items()}
         if not math.isfinite(values["loss"]):
-            raise RuntimeError(f"loss: got {values['loss']} at step {self.step}; the last checkpoint is untouched")
+            raise FloatingPointError(
+                f"loss: got {values['loss']} at step {self.step}; the last checkpoint is untouched"
+            )
         self._log({**{f"train_{k}": v for k, v in values.items()}, "lr": self.optimizer.param_groups[0]["lr"]}, rate)
         return values["loss"]
 
@@ -237,9 +240,9 @@ class Trainer:
     # Checkpoints ---------------------------------------------------------------------------------------------
 
     def _check_finite(self):
-        """Raise RuntimeError when a weight is NaN or inf, which one bad gradient makes of all of them."""
+        """Raise FloatingPointError when a weight is NaN or inf, which one bad gradient makes of all of them."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.trained):
-            raise RuntimeError(f"weights: got NaN or inf at step {self.step}; the last checkpoint is untouched")
+            raise FloatingPointError(f"weights: got NaN or inf at step {self.step}; the last checkpoint is untouched")
 
     def _weights(self, model, prefix):
         return {f"{prefix}.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -317,6 +320,22 @@ def _before(line, step):
         return json.loads(line)["step"] <= step
     except (ValueError, KeyError):
         return False
+
+
+def _check_options(options):
+    """Raise ValueError for intervals and counts that must be positive, before any work is done."""
+    for key in (
+        "gradient_accumulation",
+        "windows_per_group",
+        "log_every",
+        "val_every",
+        "rollout_every",
+        "checkpoint_every",
+    ):
+        if options[key] < 1:
+            raise ValueError(f"training.{key}: got {options[key]}, allowed: >= 1")
+    if len(options.betas) != 2 or not all(0 <= beta < 1 for beta in options.betas):
+        raise ValueError(f"training.betas: got {list(options.betas)}, allowed: two numbers from 0 to below 1")
 
 
 def _accelerator(precision, device):

@@ -53,9 +53,9 @@ class ConditionalUNet1D(nn.Module):
 
     def __init__(self, *, action_dim, condition_dim, widths, kernel_size=5, groups=8, step_dim=128):
         super().__init__()
-        if kernel_size % 2 == 0 or any(width % groups for width in widths):
+        if kernel_size % 2 == 0 or groups < 1 or any(width % groups for width in widths):
             raise ValueError(
-                f"U-Net kernel_size, widths: got {kernel_size}, {list(widths)}, allowed: odd, multiples of groups {groups}"
+                f"kernel_size, widths: got {kernel_size}, {list(widths)}, allowed: odd, multiples of groups {groups}"
             )
         self.multiple = 2 ** (len(widths) - 1)
         self.step_embedding = nn.Sequential(

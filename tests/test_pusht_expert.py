@@ -85,9 +85,7 @@ def test_approach_keeps_clear_of_the_block_and_obeys_the_limits():
     rng = np.random.default_rng(0)
     pose = (250.0, 230.0, 0.7)
     state = np.array([120.0, 120.0, 0, 0, *pose, 0, 0, 0, 120.0, 120.0])
-    targets, approach, steps = primitive_targets(
-        draw_primitives(rng, 200, SMOOTH), state, (14.0, 3.0, 60), 180
-    )
+    targets, approach, steps = primitive_targets(draw_primitives(rng, 200, SMOOTH), state, (14.0, 3.0, 60), 180)
     assert (steps > 0).mean() > 0.9
     for path, before, total in zip(targets, approach, steps, strict=True):
         if total:
@@ -103,9 +101,7 @@ def test_planner_solves_and_the_actions_replay(settings, seed):
     start = random_start(np.random.default_rng(seed))
     states, actions, solved = plan_episode(start, np.random.default_rng(seed), settings)
     assert solved and len(states) == len(actions) <= 300
-    assert (
-        states.dtype == actions.dtype == np.float32 and states.shape[1:] == (5,) and actions.shape[1:] == (2,)
-    )
+    assert states.dtype == actions.dtype == np.float32 and states.shape[1:] == (5,) and actions.shape[1:] == (2,)
     replayed, ended = replay(states[0], actions)
     assert ended
     np.testing.assert_array_equal(replayed.astype(np.float32), states)
@@ -133,21 +129,12 @@ def test_planner_refuses_a_bad_state():
 def test_settings_change_the_plan(monkeypatch):
     """Speeds, effort and the episode length do what they say."""
     start = random_start(np.random.default_rng(6))
-    slow = plan_episode(
-        start, np.random.default_rng(0), replace(FAST, max_speed=10.0, push_speeds=(3.0, 5.0))
-    )[1]
+    slow = plan_episode(start, np.random.default_rng(0), replace(FAST, max_speed=10.0, push_speeds=(3.0, 5.0)))[1]
     fast = plan_episode(start, np.random.default_rng(0), FAST)[1]
-    assert (
-        np.linalg.norm(np.diff(slow, axis=0), axis=1).max()
-        < 10.1
-        < 17
-        < np.abs(np.diff(fast, axis=0)).max() + 5
-    )
+    assert np.linalg.norm(np.diff(slow, axis=0), axis=1).max() < 10.1 < 17 < np.abs(np.diff(fast, axis=0)).max() + 5
     assert len(fast) < len(slow)
     monkeypatch.setattr(pusht_planner, "EPISODE_STEPS", 5)
-    _, actions, solved = plan_episode(
-        start, np.random.default_rng(0), replace(FAST, first_samples=50, depth=1)
-    )
+    _, actions, solved = plan_episode(start, np.random.default_rng(0), replace(FAST, first_samples=50, depth=1))
     assert not solved and len(actions) <= 5
 
 

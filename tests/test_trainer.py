@@ -570,7 +570,7 @@ def test_the_tracker_gets_every_line(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 6, "gradient_accumulation": 4}, "batch_size: got 6, allowed: a multiple of .* = 4"),
+        ({"batch_size": 6, "gradient_accumulation": 4}, "batch_size: got 6, allowed: a multiple of 4"),
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"batch_size": 32, "gradient_accumulation": 16}, "training windows: got 15, allowed: at least 16"),
         ({"epochs": 0}, "epochs, max_steps: got 0, None, allowed: at least 1 step"),
@@ -680,7 +680,7 @@ def test_top_k_after_a_kill_between_checkpoints(tmp_path):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, bad):
     run = problem(tmp_path, [1.0] * 6 + [bad], log_every=4)
-    with pytest.raises(RuntimeError, match="loss: got (nan|inf) at step 8; the last checkpoint is untouched"):
+    with pytest.raises(FloatingPointError, match="loss: got (nan|inf) at step 8; the last checkpoint is untouched"):
         run.fit()
 
 
@@ -693,12 +693,12 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
         return {"score_mean": 0.5}
 
     run = problem(tmp_path, [1.0] * 5 + [math.nan], log_every=1000, checkpoint_every=1, evaluate=evaluate)
-    with pytest.raises(RuntimeError, match="weights: got NaN or inf at step 6; the last checkpoint is untouched"):
+    with pytest.raises(FloatingPointError, match="weights: got NaN or inf at step 6; the last checkpoint is untouched"):
         run.fit()
     assert rollouts == [1, 2]
     tensors, _, state = load_checkpoint(tmp_path / "checkpoints" / "last.safetensors")
     assert state["step"] == 4 and all(torch.isfinite(tensor).all() for tensor in tensors.values())
-    with pytest.raises(RuntimeError, match="weights: got NaN or inf"):
+    with pytest.raises(FloatingPointError, match="weights: got NaN or inf"):
         run.save()
 
 

@@ -303,6 +303,33 @@ def test_a_perfect_noise_predictor_leads_to_the_target(sampler, steps, relative)
     torch.testing.assert_close(chunk, expected, rtol=1e-4, atol=0.05)
 
 
+class OtherOracle(Oracle):
+    """What a U-Net predicts that was trained on the clean actions or the velocity instead of the noise."""
+
+    def __init__(self, target, prediction):
+        super().__init__(target)
+        self.prediction = prediction
+
+    def forward(self, chunk, step, condition):
+        kept = torch.tensor([self.kept[int(s)] for s in step], dtype=torch.float32)[:, None, None]
+        noise = (chunk - kept**0.5 * self.target) / (1 - kept) ** 0.5
+        return self.target if self.prediction == "sample" else kept**0.5 * noise - (1 - kept) ** 0.5 * self.target
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_other_predictions_train_and_sample_alike(prediction):
+    noise = tiny.policy_config()["model"]["noise"] | {"prediction_type": prediction}
+    policy, data = fitted(tiny.policy(model={"noise": noise}))
+    batch = to_tensors({k: v for k, v in data.batch(np.arange(3)).items() if k != "frame_id"}, "cpu")
+    randomness = policy.randomness(3, generators(0)[0])
+    target = policy.normalizer.normalize("action", batch["action"])
+    assert policy.loss(batch, randomness)["loss"] > 0.1
+    policy.denoiser = OtherOracle(target, prediction)
+    assert policy.loss(batch, randomness)["loss"] < 1e-8
+    chunk = policy.sample(observations(policy), generator=generators(0)[0], num_inference_steps=20)
+    torch.testing.assert_close(chunk, batch["action"], rtol=1e-4, atol=0.05)
+
+
 def test_number_of_denoising_steps():
     policy, _ = fitted(tiny.policy())
     calls = []
@@ -395,6 +422,10 @@ def test_a_generator_for_every_row_or_one():
         ({"action_steps": 8}, "action_steps: got 8, allowed: 1 to 7"),
         ({"horizon": 9}, "horizon: got 9, allowed: a multiple of 2"),
         ({"sampler": {"name": "ddm", "num_inference_steps": 4}}, "sampler: got 'ddm' .did you mean 'dd.m'"),
+        (
+            {"noise": tiny.policy_config()["model"]["noise"] | {"prediction_type": "epsilom"}},
+            "prediction_type: got 'epsilom', allowed: epsilon, sample, v_prediction",
+        ),
         ({"name": "difusion"}, "model.name: got 'difusion' .did you mean 'diffusion'"),
     ],
 )

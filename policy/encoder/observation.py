@@ -33,6 +33,9 @@ class ObservationEncoder(nn.Module):
 
     def __init__(self, *, shape_meta, crop, encoder, attention, normalizer):
         super().__init__()
+        for key, spec in shape_meta.items():
+            if spec["type"] not in ("rgb", "low_dim"):
+                raise ValueError(f"shape_meta {key!r}: got type {spec['type']!r}, allowed: rgb, low_dim")
         self.cameras = [key for key, spec in shape_meta.items() if spec["type"] == "rgb"]
         self.low_dim = [key for key, spec in shape_meta.items() if spec["type"] == "low_dim"]
         self.shapes = {key: tuple(spec["shape"]) for key, spec in shape_meta.items()}
