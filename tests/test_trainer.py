@@ -358,6 +358,35 @@ def test_epochs_see_every_window_in_another_order(tmp_path):
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
+def test_crops_belong_to_seed_step_and_frame(tmp_path):
+    """Another place for every frame and every step, the same again for the same seed, all places alike."""
+
+    def crops(name, **changes):
+        run = start(tmp_path / name, images=True, val=False, epochs=12, **changes)
+        places, batch_of, to_tensors = {}, run.train_data.batch, run._batch
+
+        def remember(data, indices, augment):
+            batch = to_tensors(data, indices, augment)
+            for frame, place in zip(batch_of(indices)["frame_id"].tolist(), batch["crop"].tolist(), strict=True):
+                assert places.setdefault((run.step, frame), place) == place  # also in another micro-batch
+            return batch
+
+        run._batch = remember
+        run.fit()
+        return places
+
+    first = crops("a", gradient_accumulation=2)
+    assert crops("b") == first
+    other = crops("c", seed=1)
+    assert len(first) > 200 and len({tuple(place) for place in first.values()}) > 0.99 * len(first)
+    assert not {tuple(place) for place in first.values()} & {tuple(place) for place in other.values()}
+    places = np.array(list(first.values()))
+    for axis in (0, 1):  # five places of a corner: each a fifth, within four standard deviations
+        share = np.bincount((places[:, axis] * 5).astype(int), minlength=5) / len(places)
+        assert np.abs(share - 0.2).max() < 4 * math.sqrt(0.2 * 0.8 / len(places))
+    assert abs(np.corrcoef(places.T)[0, 1]) < 4 / math.sqrt(len(places))
+
+
 def test_training_learns(tmp_path):
     start(tmp_path, batch_size=15, epochs=60, val=False, lr=5e-3).fit()
     losses = [line["train_loss"] for line in read_metrics(tmp_path)]
@@ -576,6 +605,13 @@ def test_the_tracker_gets_every_line(tmp_path):
         ({"epochs": 0}, "epochs, max_steps: got 0, None, allowed: at least 1 step"),
         ({"max_steps": 0}, "epochs, max_steps: got 4, 0"),
         ({"precision": "fp16"}, "precision: got 'fp16', allowed: fp32, bf16"),
+        ({"betas": [0.9, 1.0]}, r"betas: got \[0.9, 1.0\], allowed: two numbers from 0 to below 1"),
+        ({"betas": [0.9]}, r"betas: got \[0.9\]"),
+        *(
+            ({key: 0}, f"training.{key}: got 0, allowed: >= 1")
+            for key in tiny.TRAINING
+            if key.endswith("_every") or key in ("gradient_accumulation", "windows_per_group")
+        ),
         ({"device": "tpu"}, "device: got 'tpu', allowed: auto, cpu, cuda"),
     ],
 )
