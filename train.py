@@ -59,15 +59,25 @@ def locate_data(task, cache_dir):
 
 
 def start_encoder(model, options):
-    """Load ``encoder.init`` into every camera's encoder and freeze it if asked; returns a line that says so."""
-    init = options["init"]
+    """Load ``encoder.init`` into every camera's encoder and freeze it if asked; returns a line that says so.
+
+    Raises ValueError when the weights do not fit, or would be frozen under another attention than they learned with,
+    which has the same parameters and would silently see something else.
+    """
+    init, freeze = options["encoder"]["init"], options["encoder"]["freeze"]
     if init != "none":
-        source = load_encoder(Path(init) if Path(init).exists() else ROOT / init).state_dict()
+        source = load_encoder(Path(init) if Path(init).exists() else ROOT / init)
+        learned, asked = source.config["attention"], options["attention"]
+        if freeze and learned != asked:
+            raise ValueError(
+                f"attention: got {asked}, allowed with the frozen encoder.init={init}: {learned};"
+                " or encoder.freeze=false, or encoder.init=none"
+            )
         for encoder in model.encoder.encoders.values():
-            load_weights(encoder, source, f"encoder.init={init}")
-    if options["freeze"]:
+            load_weights(encoder, source.state_dict(), f"encoder.init={init}")
+    if freeze:
         model.encoder.encoders.requires_grad_(False)
-    return f"encoder: {'random weights' if init == 'none' else init}, {'frozen' if options['freeze'] else 'trained'}"
+    return f"encoder: {'random weights' if init == 'none' else init}, {'frozen' if freeze else 'trained'}"
 
 
 def describe_model(model):
@@ -96,7 +106,7 @@ def run(config, run_dir, resume=False):
     torch.manual_seed(config.seed)
     options = OmegaConf.to_container(config, resolve=True)
     model = build_model(options)  # before the data, whose rendering takes a minute: a wrong option shows at once
-    print(describe_model(model) + "\n" + start_encoder(model, options["encoder"]))
+    print(describe_model(model) + "\n" + start_encoder(model, options))
     with PartialState().main_process_first():  # the others find what it rendered
         path = locate_data(options["task"], options["cache_dir"])
     train_data, val_data = build_datasets(options, path)

@@ -129,7 +129,8 @@ def load_policy(run_or_checkpoint, device="cpu"):
 def load_encoder(run_or_checkpoint, *, camera=None, device="cpu"):
     """The vision encoder of a policy or pre-training checkpoint: images (B, 3, h, w) in [-1, 1] -> (B, out_dim).
 
-    camera: which observation key, for policies that have an encoder for each of several cameras.
+    camera: which observation key, for policies that have an encoder for each of several cameras. ``encoder.config`` is
+    the configuration of the run that it comes from.
     """
     model = load_model(run_or_checkpoint, device)
     encoders = model.encoder.encoders
@@ -137,4 +138,5 @@ def load_encoder(run_or_checkpoint, *, camera=None, device="cpu"):
         (camera,) = encoders
     if camera not in encoders:
         raise ValueError(f"camera: got {camera!r}, allowed: {', '.join(encoders)}")
+    encoders[camera].config = model.config
     return encoders[camera]

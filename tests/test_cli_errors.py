@@ -91,7 +91,10 @@ def test_a_wrong_command_line_gives_one_line(workplace, case):
 OPTIONS = {
     "unknown preset": (["preset=papr"], unknown("preset", "papr", "paper", "auto, cpu, paper, small, smoke")),
     "unknown encoder": (["encoder=vit_bas"], unknown("encoder", "vit_bas", "vit_base", "resnet18, vit_base, vit_key")),
-    "unknown attention": (["attention=fibo"], unknown("attention", "fibo", "fibottention", "fibottention, softmax")),
+    "unknown attention": (
+        ["attention=fibo"],
+        unknown("attention", "fibo", "fibottention", "fibottention, fibottention_exclude, softmax"),
+    ),
     "unknown task": (["task=pushtt"], unknown("task", "pushtt", "pusht", ".*pusht")),
     "unknown config": (["--config-name=typb"], unknown("--config-name", "typb", "typea", "pretrain, typea")),
     "unknown folder": (["--config-dir=config/puhst"], "--config-dir: got .*config/puhst, allowed: .*config/pusht"),
@@ -113,6 +116,10 @@ OPTIONS = {
     ),
     "horizon's multiple": (["model.horizon=15"], "horizon: got 15, allowed: a multiple of 4"),
     "action steps": (["model.action_steps=16"], "action_steps: got 16, allowed: 1 to 15"),
+    "frozen under another attention": (
+        ["encoder.init=pretrained/pusht_encoder.safetensors", "attention=softmax"],
+        "attention: got \\{'name': 'softmax'\\}, allowed with the frozen encoder.init=pretrained/.*'fibottention'",
+    ),
     "missing weights": (["encoder.init=nowhere"], "checkpoint: got .*nowhere, allowed: a .safetensors file or a run"),
     "missing run": (["resume={workplace}/none"], "checkpoint: got .*last.safetensors, which is not a file"),
     "all held out": (["data.val_ratio=0.9"], "val_ratio: got 0.9 of 4 episodes, allowed: one that leaves some"),
