@@ -7,6 +7,7 @@ From here to the loss in four files: the config, this one, policy/diffusion.py, 
 """
 
 import os
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -29,9 +30,13 @@ ROOT = Path(__file__).resolve().parent
 
 
 def choose_preset(arguments):
-    """``arguments`` with preset=auto, the default of policies, replaced by what suits this machine; says which."""
+    """``arguments`` with preset=auto, the default of policies, replaced by what suits this machine; says which.
+
+    Pre-training has no presets, and a resumed run keeps its own.
+    """
     chosen = [a.split("=", 1)[1] for a in arguments if a.startswith("preset=")]
-    if any("pretrain" in a or a.startswith("resume=") for a in arguments) or (chosen and chosen[-1] != "auto"):
+    pretraining = re.search(r"(^| )(--config-name|-cn)[= ]pretrain( |$)", " ".join(arguments))
+    if pretraining or any(a.startswith("resume=") for a in arguments) or (chosen and chosen[-1] != "auto"):
         return arguments
     cuda = torch.cuda.is_available()
     preset = "paper" if cuda else "cpu"
@@ -180,6 +185,8 @@ def main(config):
     resume = config.resume is not None
     if resume:
         config = stored_config(run_dir, HydraConfig.get().overrides.task)
+    if config.preset == "auto":
+        raise ValueError("preset: got 'auto' among several, allowed: 'auto' alone, or paper, small, cpu, smoke")
     check_types(config)
     run(config, run_dir, resume)
 

@@ -14,7 +14,7 @@ import torch
 import zarr
 from omegaconf import OmegaConf
 
-import train  # noqa: F401 (registers the resolvers of the configuration)
+import train  # also registers the resolvers of the configuration
 from eval import rollout
 from eval.command import check_types, command, known_values
 
@@ -225,3 +225,22 @@ def test_known_values_are_those_of_the_files():
     assert {"paper", "cpu", "small", "smoke"} <= set(known["preset"])  # presets and tasks' folders change the root
     assert known["task.env.name"] and known["encoder.patch_size"] and known["training.ema.power"]
     assert not any(key.startswith(("pusht", "preset.")) for key in known)
+
+
+@pytest.mark.parametrize(
+    ("arguments_given", "expected"),
+    [
+        (["--config-dir=config/pusht"], "cpu"),
+        (["preset=auto", "crop=84"], "cpu"),
+        (["encoder.init=pretrained/pusht_encoder.safetensors"], "cpu"),
+        (["encoder.init=runs/pusht/pretrain_1", "encoder.pretrained=true"], "cpu"),
+        (["preset=smoke"], "smoke"),
+        (["--config-name=pretrain"], None),
+        (["-cn", "pretrain"], None),
+        (["resume=runs/pusht/cpu_1"], None),
+    ],
+)
+def test_the_preset_is_chosen_unless_one_is_asked_for(monkeypatch, arguments_given, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = [a for a in train.choose_preset(arguments_given) if a.startswith("preset=")]
+    assert chosen == ([] if expected is None else [f"preset={expected}"])
