@@ -17,6 +17,7 @@ from policy.attention import (
     shuffle_heads,
     wythoff_offsets,
 )
+from policy.attention.fibottention import diagonal_table
 
 TOKENS, HEADS = (49, 100, 196, 784), (3, 6, 12)
 VARIANTS = [(variant, modified) for variant in ("paper", "robot") for modified in (False, True)]
@@ -311,14 +312,21 @@ def test_dropout_acts_on_the_weights(masked_score):
     assert not torch.equal(weights_of(offsets, size=17, masked_score=masked_score, dropout_p=0.25), dropped)
 
 
-def test_given_mask_and_backends_give_the_same():
+def test_given_table_and_backends_give_the_same():
     offsets = wythoff_offsets(16, 2, variant="robot")
     q, k, v = qkv(2, 17, 4, dtype=torch.float32)
-    mask = fibottention_mask(offsets, 16, prefix_tokens=1)
+    table = diagonal_table(offsets, 16)
     for masked_score in ("zero", "exclude"):
         dense = fibottention(q, k, v, offsets, masked_score=masked_score, backend="dense")
         torch.testing.assert_close(fibottention(q, k, v, offsets, masked_score=masked_score, backend="auto"), dense)
-        assert torch.equal(fibottention(q, k, v, offsets, masked_score=masked_score, mask=mask, backend="dense"), dense)
+        given = fibottention(q, k, v, offsets, masked_score=masked_score, table=table, backend="dense")
+        assert torch.equal(given, dense)
+
+
+def test_diagonal_table_worked_by_hand():
+    """Four patches: the offset 7 joins none, -1 and 1 come from one offset, 0 stands once, duplicates go."""
+    table = diagonal_table(((0, 1, 1, 7), (3,), ()), 4)
+    assert table.tolist() == [[3, -1, 0, 1], [2, -3, 3, 0], [0, 0, 0, 0]] and table.dtype == torch.int32
 
 
 def test_attention_errors_name_what_came_and_what_may():

@@ -7,15 +7,19 @@ the pseudo-code of its README. Patch token j is joined to j + o and j - o for ev
 """
 
 import math
+import numbers
 import random
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from policy.attention.fibottention_sparse import backend_for, sparse_forward, why_not
+
 VARIANTS = ("paper", "robot")
 MASKED_SCORES = ("zero", "exclude")
-BACKENDS = ("auto", "dense")
+BACKENDS = ("auto", "dense", "cpu", "triton")
 MIN_WINDOW = 5  # smallest head window of variant "paper", in tokens
 
 
@@ -73,30 +77,52 @@ def shuffle_heads(offsets, layer):
     return tuple(offsets)
 
 
+def diagonal_table(offsets, num_tokens):
+    """Signed diagonals of each head, int32 (H, 1 + S): their number, then ascending distances key - query; zero padded.
+
+    An offset of N or more joins no pair and is left out. Raises ValueError for a negative or non-integer offset.
+    """
+    heads = []
+    for head in offsets:
+        wrong = [o for o in head if not isinstance(o, numbers.Integral) or o < 0]
+        if wrong:
+            raise ValueError(f"offsets: got {wrong[0]!r}, allowed: integers >= 0")
+        heads.append(sorted({sign * o for o in head if o < num_tokens for sign in (-1, 1)}))
+    width = 1 + max(map(len, heads), default=0)
+    rows = [[len(head), *head] + [0] * (width - 1 - len(head)) for head in heads]
+    return torch.tensor(rows, dtype=torch.int32).reshape(len(heads), width)
+
+
 def fibottention_mask(offsets, num_tokens, *, prefix_tokens=1):
     """Attended pairs, bool (H, P+N, P+N), True = attended; rows and columns of the P prefix tokens are full."""
-    index = torch.arange(num_tokens)
-    distance = (index[:, None] - index[None, :]).abs()
+    return _mask_of_table(diagonal_table(offsets, num_tokens), num_tokens, prefix_tokens)
+
+
+def _mask_of_table(table, num_tokens, prefix_tokens):
+    index = torch.arange(num_tokens, device=table.device)
+    distance = index[None, :] - index[:, None]  # of the key from the query
     size = prefix_tokens + num_tokens
-    mask = torch.ones(len(offsets), size, size, dtype=torch.bool)
-    for head, head_offsets in enumerate(offsets):
-        wanted = torch.tensor(head_offsets, dtype=torch.long)
-        mask[head, prefix_tokens:, prefix_tokens:] = torch.isin(distance, wanted)
+    mask = torch.ones(len(table), size, size, dtype=torch.bool, device=table.device)
+    real = torch.arange(1, table.shape[1], device=table.device) <= table[:, :1]
+    attended = torch.zeros(len(table), 2 * num_tokens, dtype=torch.bool, device=table.device)
+    attended.scatter_(1, torch.where(real, table[:, 1:] + num_tokens, 0).long(), True)  # column 0 is no distance
+    mask[:, prefix_tokens:, prefix_tokens:] = attended[:, distance + num_tokens]
     return mask
 
 
 def fibottention(
-    q, k, v, offsets, *, prefix_tokens=1, masked_score="zero", scale=None, backend="auto", dropout_p=0.0, mask=None
+    q, k, v, offsets, *, prefix_tokens=1, masked_score="zero", scale=None, backend="auto", dropout_p=0.0, table=None
 ):
     """Attention along the diagonals ``offsets`` of each head.
 
     q, k, v (B, H, P+N, D) -> (B, H, P+N, D). masked_score "zero" is the published rule: the score of an unattended
     pair is set to 0 and still takes part in the softmax with weight exp(0); "exclude" gives it no weight.
-    ``scale`` defaults to 1/sqrt(D). backend "dense" is the reference that forms all pairs; "auto" picks the fastest
-    available one. ``dropout_p`` acts on the attention weights. ``mask`` may hand in
-    ``fibottention_mask(offsets, N, prefix_tokens=P)`` so that a module builds it once.
+    ``scale`` defaults to 1/sqrt(D). backend "dense" is the reference that forms all pairs; "cpu" and "triton" work on
+    the attended pairs only, which under both rules gives the same result but for rounding; "auto" takes the one of
+    the device, and "dense", with a warning, where that one cannot. ``dropout_p`` acts on the attention weights.
+    ``table`` may hand in ``diagonal_table(offsets, N)`` on q's device so that a module makes it once.
 
-    Raises ValueError for unknown options and shapes that do not fit.
+    Raises ValueError for unknown options, shapes that do not fit, and what a named backend cannot do.
     """
     _choose("masked_score", masked_score, MASKED_SCORES)
     _choose("backend", backend, BACKENDS)
@@ -108,22 +134,67 @@ def fibottention(
         raise ValueError(f"offsets: got {len(offsets)} heads, allowed: {q.shape[1]} as in q")
     if not 0 <= prefix_tokens <= q.shape[2]:
         raise ValueError(f"prefix_tokens: got {prefix_tokens}, allowed: 0 to {q.shape[2]}")
-    if mask is None:
-        mask = fibottention_mask(offsets, q.shape[2] - prefix_tokens, prefix_tokens=prefix_tokens).to(q.device)
-    if masked_score == "exclude":
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
-        # A row without any attended pair (possible without prefix tokens) attends to nothing rather than to NaN.
-        return torch.where(mask.any(dim=-1)[..., None], out, 0.0)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.where(mask, (q * scale) @ k.transpose(-2, -1), 0.0)  # (B, H, P+N, P+N)
-    return F.dropout(scores.softmax(dim=-1), dropout_p, training=dropout_p > 0) @ v
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k, v: got {q.dtype} on {q.device}, {k.dtype} on {k.device}, {v.dtype} on {v.device},"
+            " allowed: one dtype and device"
+        )
+    num_patches = q.shape[2] - prefix_tokens
+    if table is None:
+        table = diagonal_table(offsets, num_patches).to(q.device)
+    if table.dtype != torch.int32 or len(table) != len(offsets) or table.device != q.device:
+        got = f"{table.dtype} {tuple(table.shape)} on {table.device}"
+        raise ValueError(f"table: got {got}, allowed: diagonal_table(offsets, N) on {q.device}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = _backend(backend, q, dropout_p)
+    if backend == "dense":
+        mask = _mask_of_table(table, num_patches, prefix_tokens)
+        return _dense(q, k, v, mask, masked_score, scale, dropout_p)
+    return sparse_forward(q, k, v, table, prefix_tokens, masked_score, scale, backend)[0]
+
+
+def _backend(name, q, dropout_p):
+    """The backend that evaluates: ``name`` itself, or what stands for "auto".
+
+    There is no number of tokens below which "auto" should be dense: on a CPU the sparse kernels were measured faster
+    from 4 patch tokens on, in float32 and bfloat16, forward and backward, and equal at one.
+    """
+    if name == "dense":
+        return name
+    sparse = backend_for(q) if name == "auto" else name
+    reason = why_not(sparse, q, dropout_p) if sparse else f"device: got {q.device.type}, allowed: cpu, cuda"
+    if name != "auto":
+        if reason:
+            raise ValueError(f"backend {name!r}: {reason}")
+        return name
+    if reason:
+        warnings.warn(f"Fibottention is evaluated densely, over all pairs. {reason}", stacklevel=3)
+        return "dense"
+    return sparse
+
+
+def _dense(q, k, v, mask, masked_score, scale, dropout_p):
+    """The reference over all pairs; q, k, v (B, H, T, D), mask (H, T, T)."""
+    scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, T, T)
+    if masked_score == "zero":
+        weights = torch.where(mask, scores, 0.0).softmax(dim=-1)
+        return F.dropout(weights, dropout_p, training=dropout_p > 0) @ v
+    # A row without any attended pair (possible without prefix tokens) attends to nothing rather than to NaN.
+    weights = torch.where(mask, scores, -torch.inf).softmax(dim=-1)
+    weights = torch.where(mask.any(dim=-1, keepdim=True), weights, 0.0)
+    out = F.dropout(weights, dropout_p, training=dropout_p > 0) @ torch.where(v.isfinite(), v, 0.0)
+    # 0 * NaN would carry one bad token to all others.
+    reached = mask.to(v.dtype) @ (~v.isfinite()).to(v.dtype) > 0
+    return torch.where(reached, torch.nan, out)
 
 
 class FibottentionAttention(nn.Module):
     """Multi-head self-attention of a ViT block with Fibottention; parameters are named as timm's ``Attention``.
 
-    x (B, P+N, C) -> (B, P+N, C). The mask is a non-persistent bool buffer, always in force: nothing here looks at
-    timm's fused-attention switch, which silently dropped the mask of the published encoders.
+    x (B, P+N, C) -> (B, P+N, C). The pattern is always in force: nothing here looks at timm's fused-attention switch,
+    which silently dropped the mask of the published encoders. Nothing of size N x N is kept.
     """
 
     def __init__(
@@ -155,8 +226,7 @@ class FibottentionAttention(nn.Module):
         self.attn_drop = attn_drop
         offsets = wythoff_offsets(num_patches, num_heads, modified=modified, variant=variant)
         self.offsets = shuffle_heads(offsets, layer) if shuffle else offsets
-        mask = fibottention_mask(self.offsets, num_patches, prefix_tokens=prefix_tokens)
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("table", diagonal_table(self.offsets, num_patches), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -179,13 +249,19 @@ class FibottentionAttention(nn.Module):
             masked_score=self.masked_score,
             backend=self.backend,
             dropout_p=self.attn_drop if self.training else 0.0,
-            mask=self.mask,
+            table=self.table,
         )
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
 
     def extra_repr(self):
         return f"heads={self.num_heads}, patches={self.num_patches}, density={self.density():.3f}"
 
+    @property
+    def mask(self):
+        """Attended pairs, bool (H, P+N, P+N), made on demand."""
+        return _mask_of_table(self.table, self.num_patches, self.prefix_tokens)
+
     def density(self):
-        """Share of patch pairs that some head attends to, averaged over heads."""
-        return self.mask[:, self.prefix_tokens :, self.prefix_tokens :].float().mean().item()
+        """Share of the patch pairs that a head attends to, mean over heads."""
+        pairs = sum(self.num_patches - abs(delta) for row in self.table.tolist() for delta in row[1 : 1 + row[0]])
+        return pairs / (self.num_heads * self.num_patches**2)

@@ -1,0 +1,156 @@
+"""Fibottention on a CPU: compiles the kernels of fibottention_tiles.py and runs them in torch's threads.
+
+numba compiles a kernel for each head width, once: it is kept on disk. It runs in torch's own OpenMP threads: a second
+pool of threads would wait for the first one, which keeps its cores busy for a while after every operation of torch.
+"""
+
+import ctypes
+import functools
+import pathlib
+import sys
+import threading
+import zlib
+
+import numpy as np
+import torch
+from numba import cfunc, types
+
+from policy.attention import fibottention_tiles as tiles
+from policy.attention import numba_tools
+from policy.attention.numba_tools import LANES
+
+MAX_HEAD_WIDTH = 128
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def _compile(direction, padded_width):
+    """The kernel "forward" or "backward" as a C function of a task, for a head width that the compiler knows."""
+    # numba keeps the code of a function under its file's time and the values that it closes over: ``sources`` tells it
+    # of changes in the other files.
+    sources = sum(zlib.crc32(pathlib.Path(module.__file__).read_bytes()) for module in (tiles, numba_tools))
+
+    def run_forward(task):
+        if sources:
+            tiles.forward(numba_tools.int64_array(task, (tiles.TASK_SIZE,)), padded_width)
+
+    def run_backward(task):
+        if sources:
+            tiles.backward(numba_tools.int64_array(task, (tiles.TASK_SIZE,)), padded_width)
+
+    run = {"forward": run_forward, "backward": run_backward}[direction]
+    signature = types.void(types.voidptr)
+    patience = threading.Timer(1.0, _announce, [direction, padded_width])
+    patience.start()
+    try:
+        return cfunc(signature, cache=True, _nrt=False)(run)
+    except RuntimeError:  # no folder that can be written to
+        return cfunc(signature, _nrt=False)(run)
+    finally:
+        patience.cancel()
+
+
+def _announce(direction, padded_width):
+    print(f"compiling Fibottention {direction}, heads of {padded_width} (once, some seconds) ...", file=sys.stderr)
+
+
+@functools.cache
+def _openmp_parallel():
+    """GNU OpenMP's entry point in the library that torch uses, or None where torch brings none (macOS)."""
+    library = next((pathlib.Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"), None)
+    function = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None) if library else None
+    if function is not None:
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+    return function
+
+
+def _run(direction, tensors, lse, table, *, prefix_tokens, masked_score, scale):
+    batch, heads, tokens, width = tensors[0].shape
+    threads, diagonals = min(torch.get_num_threads(), batch * heads), table.shape[1] - 1
+    padded_width = -(-width // LANES) * LANES
+    counters = np.zeros(2, np.int64)  # units and threads that have begun
+    every = np.arange(tokens, dtype=np.int32)
+    shapes = (
+        (4, tokens, padded_width),  # ROWS
+        (2, padded_width),  # VECTORS
+        (4, LANES),  # LANE_VALUES
+        (2, tokens + diagonals, LANES),  # SCORES
+        (2, prefix_tokens + diagonals, tokens),  # PAIRS
+        (2, tokens, prefix_tokens),  # PREFIX_PAIRS
+        (tokens,),  # UNATTENDED
+    )
+    memory = [torch.empty(threads, *shape, dtype=torch.float32) for shape in shapes]
+    scalars = {
+        tiles.COUNTERS: counters.ctypes.data,
+        tiles.BATCH: batch,
+        tiles.HEADS: heads,
+        tiles.PREFIX: prefix_tokens,
+        tiles.PATCHES: tokens - prefix_tokens,
+        tiles.WIDTH: width,
+        tiles.TABLE: table.data_ptr(),
+        tiles.DIAGONALS: diagonals,
+        tiles.LSE: lse.data_ptr(),
+        tiles.HALF: tensors[0].dtype == torch.bfloat16,
+        tiles.ZERO: masked_score == "zero",
+        tiles.SCALE: np.float32(scale).view(np.int32),
+        tiles.THREADS: threads,
+        tiles.INDEX: every.ctypes.data,
+    }
+    task = np.zeros(tiles.TASK_SIZE, np.int64)
+    task[list(scalars)] = list(scalars.values())
+    task[tiles.ROWS : tiles.INDEX] = [array.data_ptr() for array in memory]
+    for number, tensor in enumerate(tensors):
+        strides = [stride * tensor.element_size() for stride in tensor.stride()[:3]]
+        task[tiles.Q + 4 * number : tiles.Q + 4 * number + 4] = tensor.data_ptr(), *strides
+    function, parallel = _compile(direction, padded_width), _openmp_parallel()
+    if threads > 1 and parallel is not None:
+        parallel(function.address, task.ctypes.data, threads, 0)
+        return
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)  # releases the interpreter lock
+    workers = [threading.Thread(target=call, args=(task.ctypes.data,)) for _ in range(threads - 1)]
+    for worker in workers:
+        worker.start()
+    call(task.ctypes.data)
+    for worker in workers:
+        worker.join()
+
+
+def why_not(q):
+    """Why these kernels cannot take a tensor (B, H, T, D), in words, or None."""
+    if q.device.type != "cpu":
+        return f"device: got {q.device.type}, allowed: cpu"
+    if q.dtype not in DTYPES:
+        return f"dtype: got {q.dtype}, allowed: {', '.join(map(str, DTYPES))}"
+    if q.shape[-1] > MAX_HEAD_WIDTH:
+        return f"head width: got {q.shape[-1]}, allowed: up to {MAX_HEAD_WIDTH}"
+    return None
+
+
+def _dense_vectors(*tensors):
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+
+
+def _like(q):
+    """An empty (B, H, T, D) that is contiguous as (B, T, H, D), so that merging the heads copies nothing."""
+    batch, heads, tokens, width = q.shape
+    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+def forward(q, k, v, table, **options):
+    """q, k, v (B, H, T, D) and table (H, 1+S) of ``diagonal_table`` -> out (B, H, T, D), lse (B, H, T) float32.
+
+    lse is the logarithm of the normaliser of each softmax row. options: prefix_tokens, masked_score, scale.
+    """
+    out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if q.numel():
+        _run("forward", [*_dense_vectors(q, k, v), out], lse, table, **options)
+    return out, lse
+
+
+def backward(grad, q, k, v, out, lse, table, **options):
+    """grad, q, k, v, out (B, H, T, D), lse (B, H, T) -> gradients of q, k and v, each (B, H, T, D)."""
+    grads = [_like(q) for _ in range(3)]
+    if q.numel():
+        _run("backward", [*_dense_vectors(q, k, v, out, grad), *grads], lse, table, **options)
+    return tuple(grads)

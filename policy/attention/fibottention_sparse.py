@@ -1,0 +1,88 @@
+"""The sparse backends of Fibottention as torch operators: one forward and one backward, for CPU and Triton kernels.
+
+Being operators with known shapes they pass through torch.compile, torch.export, activation checkpointing and DDP.
+"""
+
+import torch
+
+from policy.attention import fibottention_cpu, fibottention_triton
+
+KERNELS = {"cpu": fibottention_cpu, "triton": fibottention_triton}
+
+
+def backend_for(q):
+    """The sparse backend of a tensor's device, or None."""
+    return {"cpu": "cpu", "cuda": "triton"}.get(q.device.type)
+
+
+def why_not(backend, q, dropout_p):
+    """Why ``backend`` cannot evaluate for q (B, H, T, D), in words, or None."""
+    if dropout_p:
+        return f"dropout of attention weights: got {dropout_p}, allowed: 0 (it acts on unattended pairs, too)"
+    return KERNELS[backend].why_not(q)
+
+
+@torch.library.custom_op("fibottention::forward", mutates_args=())
+def sparse_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    prefix_tokens: int,
+    masked_score: str,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out (B, H, T, D), logarithm of the softmax normaliser (B, H, T) in float32."""
+    return KERNELS[backend].forward(q, k, v, table, prefix_tokens=prefix_tokens, masked_score=masked_score, scale=scale)
+
+
+@torch.library.custom_op("fibottention::backward", mutates_args=())
+def sparse_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    table: torch.Tensor,
+    prefix_tokens: int,
+    masked_score: str,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> gradients of q, k and v, each (B, H, T, D)."""
+    return KERNELS[backend].backward(
+        grad, q, k, v, out, lse, table, prefix_tokens=prefix_tokens, masked_score=masked_score, scale=scale
+    )
+
+
+def _like(q):
+    """Both kernels write (B, T, H, D) and hand it out as (B, H, T, D), so that merging the heads copies nothing."""
+    batch, heads, tokens, width = q.shape
+    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+@sparse_forward.register_fake
+def _(q, k, v, table, prefix_tokens, masked_score, scale, backend):
+    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@sparse_backward.register_fake
+def _(grad, q, k, v, out, lse, table, prefix_tokens, masked_score, scale, backend):
+    return _like(q), _like(q), _like(q)
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, table, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, table)
+
+
+def _differentiate(ctx, grad, _):
+    grads = sparse_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, None, None, None, None)
+
+
+sparse_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
