@@ -1,0 +1,196 @@
+"""Pictures of an attention: its pattern, what its heads cover together, and what a trained encoder looks at.
+
+    python -m eval.attention_map --checkpoint RUN_OR_FILE --output DIR
+
+Writes pattern.png, coverage.png and attention.png. Attention weights are recomputed from the queries and keys of each
+layer, under the rule of its own attention.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from envs import make_env
+from eval.attention_pictures import plot_attention, plot_coverage, plot_pattern
+from eval.command import command
+from policy import load_encoder
+from policy.attention import fibottention_mask, shuffle_heads, wythoff_offsets
+from policy.attention.fibottention import VARIANTS, FibottentionAttention
+from policy.attention.softmax import SoftmaxAttention
+from policy.encoder.observation import crop_images
+
+SHIPPED = Path(__file__).parent.parent / "pretrained" / "pusht_policy.safetensors"
+GEOMETRY = {"patches": 196, "heads": 12, "depth": 4, "variant": "paper", "modified": True}  # without a checkpoint
+MAX_PATCHES = 1600  # beyond, the lines of a pattern are thinner than a picture's pixels
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
+
+
+def pattern_of(module, num_patches, prefix_tokens):
+    """Pairs that an attention module looks at, bool (H, P+N, P+N); raises ValueError for an unknown kind of module."""
+    if isinstance(module, FibottentionAttention):
+        return fibottention_mask(module.offsets, num_patches, prefix_tokens=prefix_tokens)
+    if isinstance(module, SoftmaxAttention):
+        size = prefix_tokens + num_patches
+        return torch.ones(module.num_heads, size, size, dtype=torch.bool)
+    raise ValueError(f"attention: got {type(module).__name__}, allowed: fibottention, softmax")
+
+
+def attention_weights(module, x):
+    """What ``module`` weighs its values with: its input x (B, P+N, C) -> float32 (B, H, P+N, P+N), rows of sum 1.
+
+    Rows that may attend to nothing (possible without a class token) are 0.
+    """
+    batch, tokens, dim = x.shape
+    qkv = module.qkv(x).float().reshape(batch, tokens, 3, module.num_heads, dim // module.num_heads)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, P+N, D)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if not isinstance(module, FibottentionAttention):
+        return scores.softmax(dim=-1)
+    allowed = fibottention_mask(module.offsets, module.num_patches, prefix_tokens=module.prefix_tokens).to(x.device)
+    if module.masked_score == "zero":
+        return torch.where(allowed, scores, 0.0).softmax(dim=-1)
+    weights = torch.where(allowed, scores, -torch.inf).softmax(dim=-1)
+    return torch.where(allowed.any(dim=-1, keepdim=True), weights, 0.0)
+
+
+@torch.no_grad()
+def encoder_weights(encoder, image):
+    """Attention weights of all layers, [(H, P+N, P+N)], for one image (3, h, w) in [-1, 1]."""
+    inputs = []
+    hooks = [
+        block.attn.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+        for block in encoder.vit.blocks
+    ]
+    try:
+        encoder(image[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [attention_weights(block.attn, x)[0] for block, x in zip(encoder.vit.blocks, inputs, strict=True)]
+
+
+# Command -------------------------------------------------------------------------------------------------------------
+
+
+def observation(config, camera, *, image=None, seed):
+    """An observation of ``camera`` for the task of ``config``, uint8 (3, h, w).
+
+    The picture file ``image``, resized, or without one what the simulator shows after ``reset(seed)``.
+    """
+    shape = tuple(config["task"]["shape_meta"]["obs"][camera]["shape"])
+    if image is None:
+        env = make_env(**config["task"]["env"])
+        env.reset(seed)
+        return torch.from_numpy(np.ascontiguousarray(env.observe()[camera]))
+    if not Path(image).is_file():
+        raise FileNotFoundError(f"--image: got {image}, which is not a file")
+    with Image.open(image) as file:
+        picture = file.convert("RGB").resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture).transpose(2, 0, 1).copy())
+
+
+def load_vit(checkpoint, camera):
+    """(ViT encoder of a checkpoint, the name of its camera); raises ValueError for another kind of encoder."""
+    encoder = load_encoder(checkpoint, camera=camera)
+    kind = encoder.config["encoder"]["name"]
+    if not hasattr(encoder, "vit"):
+        raise ValueError(f"encoder: got {kind!r}, which has no attention; allowed: vit")
+    observed = encoder.config["task"]["shape_meta"]["obs"]
+    cameras = [key for key, spec in observed.items() if spec["type"] == "rgb"]
+    return encoder, camera or cameras[0]
+
+
+def parse_query(text, grid):
+    """(row, column) of the patch that ``text`` "row,column" means; without a text the most central one."""
+    if text is None:
+        return grid[0] // 2, grid[1] // 2
+    parts = text.split(",")
+    if len(parts) == 2 and all(part.strip().isdecimal() for part in parts):
+        row, column = map(int, parts)
+        if row < grid[0] and column < grid[1]:
+            return row, column
+    raise ValueError(f"--query: got {text!r}, allowed: ROW,COLUMN with 0 <= ROW < {grid[0]}, 0 <= COLUMN < {grid[1]}")
+
+
+def geometry_patterns(*, patches, heads, depth, variant, modified):
+    """Patterns of the layers of a ViT that exists on paper only, one class token."""
+    if not 1 <= patches <= MAX_PATCHES:
+        raise ValueError(f"--patches: got {patches}, allowed: 1 to {MAX_PATCHES}")
+    if depth < 1:
+        raise ValueError(f"--depth: got {depth}, allowed: >= 1")
+    offsets = wythoff_offsets(patches, heads, modified=modified, variant=variant)
+    return [fibottention_mask(shuffle_heads(offsets, layer), patches) for layer in range(depth)]
+
+
+def _patch_side(encoder, image_size):
+    """px; a convolution stem does not name it, and leaves no remainder."""
+    named = getattr(encoder.vit.patch_embed, "patch_size", None)
+    return named[0] if named else image_size // encoder.grid[0]
+
+
+def _describe(attention):
+    return ", ".join([attention["name"], *(f"{key} {value}" for key, value in attention.items() if key != "name")])
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m eval.attention_map", description=__doc__.split("\n")[0])
+    shipped = f"{SHIPPED.parent.name}/{SHIPPED.name}"
+    parser.add_argument(
+        "--checkpoint",
+        help="run folder or .safetensors file whose encoder all pictures show; without it, attention.png shows that of "
+        f"{shipped} and the other pictures the geometry given by --patches and so on",
+    )
+    parser.add_argument("--camera", help="which one, for policies with several")
+    parser.add_argument("--image", type=Path, help="picture to look at, default: the simulator after reset(--seed)")
+    parser.add_argument("--seed", type=int, default=100_003)  # Push-T: the block is off its target there
+    parser.add_argument(
+        "--query", metavar="ROW,COLUMN", help="patch whose attention is shown, default: the central one"
+    )
+    parser.add_argument("--patches", type=int, metavar="N", help=f"default {GEOMETRY['patches']}")
+    parser.add_argument("--heads", type=int, metavar="H", help=f"default {GEOMETRY['heads']}")
+    parser.add_argument("--depth", type=int, metavar="L", help=f"layers, default {GEOMETRY['depth']}")
+    parser.add_argument("--variant", help=f"{', '.join(VARIANTS)}; default {GEOMETRY['variant']}")
+    parser.add_argument(
+        "--modified", action=argparse.BooleanOptionalAction, help="two more terms in front, default yes"
+    )
+    parser.add_argument("--output", type=Path, default=Path("attention_map"))
+    args = parser.parse_args(argv)
+
+    geometry = {key: getattr(args, key) for key in GEOMETRY if getattr(args, key) is not None}
+    if args.checkpoint and geometry:
+        given = ", ".join(f"--{key}" for key in geometry)
+        raise ValueError(f"{given}: got one with --checkpoint, allowed: without, as a checkpoint has its own geometry")
+    encoder, camera = load_vit(args.checkpoint or SHIPPED, args.camera)
+    grid, prefix_tokens = encoder.grid, encoder.prefix_tokens
+    query = parse_query(args.query, grid)
+    own = [pattern_of(block.attn, grid[0] * grid[1], prefix_tokens) for block in encoder.vit.blocks]
+    patterns = own if args.checkpoint else geometry_patterns(**{**GEOMETRY, **geometry})
+    raw = observation(encoder.config, camera, image=args.image, seed=args.seed)
+    if (crop := encoder.config["crop"]) is not None:
+        raw = crop_images(raw[None], crop)[0]  # the centre, as in evaluation
+    weights = encoder_weights(encoder, raw.float() / 127.5 - 1.0)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot_pattern(patterns, prefix_tokens if args.checkpoint else 1, args.output / "pattern.png")
+    plot_coverage(patterns, prefix_tokens if args.checkpoint else 1, args.output / "coverage.png")
+    plot_attention(
+        weights,
+        raw.numpy().transpose(1, 2, 0),
+        grid=grid,
+        patch=_patch_side(encoder, raw.shape[-1]),
+        prefix_tokens=prefix_tokens,
+        query=query,
+        title=f"Attention of {Path(args.checkpoint or SHIPPED).name}: {_describe(encoder.config['attention'])}",
+        path=args.output / "attention.png",
+    )
+    print(f"wrote {args.output}/pattern.png, coverage.png and attention.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Speed of Fibottention beside dense attention and other ways to compute it; ``python -m eval.speed attention``."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from eval.machine import compare, free_memory
+from policy.attention import fibottention, fibottention_mask, wythoff_offsets
+from policy.attention.fibottention import diagonal_table
+
+DIRECTIONS = ("forward", "forward+backward")
+OURS = {"fibottention zero": "zero", "fibottention exclude": "exclude"}  # method: masked_score
+MASKED = ("dense+mask", "published")  # methods with a mask of all pairs
+# Passes over a (B, H, T, D) tensor that nobody can avoid: q, k, v and the output; backward q, k, v, the output and its
+# gradient are read and three gradients written.
+NECESSARY = {"forward": 4, "forward+backward": 12}
+# (B, H, T, T) tensors alive at once in the published formula, its mask included: measured and rounded up.
+PAIR_TENSORS = {"forward": 5, "forward+backward": 6}
+CHECKED = 1568  # patches up to which the results are compared with a float64 reference
+COLOURS = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
+    "dense": "#000000",
+    "dense+mask": "#56B4E9",
+    "published": "#CC79A7",
+    "flex": "#0072B2",
+    "fibottention zero": "#D55E00",
+    "fibottention exclude": "#009E73",
+}
+
+
+# Methods -------------------------------------------------------------------------------------------------------------
+
+
+def attention_methods(offsets, num_patches, *, backend, device, dtype, masked=True):
+    """{method: function (q, k, v) -> output}, all of (B, H, 1+N, D); masks are made here, outside of any timing.
+
+    masked: whether the methods that form all pairs, MASKED, are wanted.
+    """
+    methods = {"dense": F.scaled_dot_product_attention}
+    if masked:
+        # With a batch axis: torch's fused kernels take no mask of three axes, and the slow path steps in silently.
+        allowed = fibottention_mask(offsets, num_patches)[None].to(device)  # (1, H, 1+N, 1+N)
+        factor = allowed.to(dtype)
+
+        def published(q, k, v):
+            """Every pair, multiplied by a dense mask, as in the authors' code (Charlotte-CharMLab/Fibottention)."""
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            return (scores * factor).softmax(dim=-1) @ v
+
+        methods["dense+mask"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        methods["published"] = published
+    if device == "cuda":
+        methods["flex"] = flex_method(offsets, num_patches, device)
+    table = diagonal_table(offsets, num_patches).to(device)
+    for method, rule in OURS.items():
+        options = {"masked_score": rule, "backend": backend, "table": table}
+        methods[method] = functools.partial(fibottention, offsets=offsets, **options)
+    return methods
+
+
+def flex_method(offsets, num_patches, device):
+    """torch's compiled FlexAttention (arXiv 2412.05496) on the same pattern, rule "exclude"."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    size = 1 + num_patches
+    wanted = torch.zeros(len(offsets), size, dtype=torch.bool, device=device)  # by distance
+    for head, head_offsets in enumerate(offsets):
+        wanted[head, [offset for offset in head_offsets if offset < size]] = True
+
+    def attended(batch, head, query, key):
+        return (query == 0) | (key == 0) | wanted[head, (query - key).abs()]
+
+    block_mask = create_block_mask(attended, None, len(offsets), size, size, device=device)
+    torch.compiler.reset()  # a compiled function refuses a ninth shape
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
+
+
+def forward(method, q, k, v, d_out):
+    with torch.no_grad():
+        return method(q, k, v)
+
+
+def forward_backward(method, q, k, v, d_out):
+    """Gradients of q, k and v."""
+    return torch.autograd.grad(method(q, k, v), (q, k, v), d_out)
+
+
+def reference_errors(method, rule, offsets, q, k, v, d_out):
+    """{direction: largest difference} of output and gradients of ``method`` from a plain float64 formula."""
+    out, gradients = forward(method, q, k, v, d_out), forward_backward(method, q, k, v, d_out)
+    errors = dict.fromkeys(DIRECTIONS, 0.0)
+    for head in range(len(offsets)):  # one at a time, which needs H times less memory
+        allowed = fibottention_mask(offsets[head : head + 1], q.shape[2] - 1)[0].to(q.device)
+        q1, k1, v1 = (x[:, head].detach().double().requires_grad_() for x in (q, k, v))
+        scores = q1 @ k1.transpose(-2, -1) * q.shape[-1] ** -0.5
+        scores = torch.where(allowed, scores, 0.0 if rule == "zero" else -torch.inf)
+        expected = scores.softmax(dim=-1) @ v1
+        expected_gradients = torch.autograd.grad(expected, (q1, k1, v1), d_out[:, head].double())
+        pairs = [(out, expected), *zip(gradients, expected_gradients, strict=True)]
+        worst = [(got[:, head] - wanted).abs().max().item() for got, wanted in pairs]
+        errors["forward"] = max(errors["forward"], worst[0])
+        errors["forward+backward"] = max(errors["forward+backward"], *worst[1:])
+    return errors
+
+
+# Measurement ---------------------------------------------------------------------------------------------------------
+
+
+def measure_attention(
+    *, patches, tokens, heads, head_dim, variant, backend, device, dtype, seconds, bandwidth, check=True
+):
+    """A dictionary per patch count, direction and method, as in attention.json.
+
+    dtype: torch's; bandwidth: bytes a second that the machine can copy; seconds: time of one patch count and direction.
+    """
+    rows = []
+    all_pairs = (*MASKED, *(OURS if backend == "dense" else ()))
+    with tqdm(total=len(patches) * len(DIRECTIONS), unit="size", leave=False, dynamic_ncols=True) as bar:
+        for num_patches in patches:
+            batch = max(1, round(tokens / num_patches))
+            offsets = wythoff_offsets(num_patches, heads, variant=variant)
+            generator = torch.Generator().manual_seed(0)
+            shape = (batch, heads, 1 + num_patches, head_dim)
+            q, k, v, d_out = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+            inputs = (*(x.requires_grad_() for x in (q, k, v)), d_out)
+            size = {"patches": num_patches, "batch": batch, "density": density(offsets, num_patches)}
+            pairs = heads * (1 + num_patches) ** 2 * dtype.itemsize
+            skipped = {direction: _too_large(batch * pairs, device, direction) for direction in DIRECTIONS}
+            methods = attention_methods(
+                offsets, num_patches, backend=backend, device=device, dtype=dtype, masked=not skipped["forward"]
+            )
+            errors = {}
+            if check and num_patches <= CHECKED:
+                errors = {m: reference_errors(methods[m], OURS[m], offsets, *inputs) for m in OURS}
+            for direction, run in zip(DIRECTIONS, (forward, forward_backward), strict=True):
+                bar.set_description(f"{num_patches} patches, {direction}")
+                notes = dict.fromkeys(all_pairs, skipped[direction]) if skipped[direction] else {}
+                calls = {
+                    method: lambda function=function, run=run, inputs=inputs: run(function, *inputs)
+                    for method, function in methods.items()
+                    if method not in notes
+                }
+                necessary = NECESSARY[direction] * q.nbytes
+                for row in compare(calls, notes, baseline="dense", seconds=seconds, device=device):
+                    row = {**size, "direction": direction, **row}
+                    if row["method"] in OURS and row["ms"]:
+                        speed = necessary / row["ms"] * 1e3
+                        row |= {"gb_per_s": speed / 1e9, "share_of_copy": speed / bandwidth}
+                    if row["method"] in errors:
+                        row["max_error"] = errors[row["method"]][direction]
+                    rows.append(row)
+                bar.update()
+    return rows
+
+
+def density(offsets, num_patches):
+    """Share of the pairs of patches that a head attends to, mean over heads."""
+    pairs = sum((num_patches - o) * (2 if o else 1) for head in offsets for o in head if o < num_patches)
+    return pairs / len(offsets) / num_patches**2
+
+
+def _too_large(nbytes, device, direction):
+    """Why methods that hold several tensors of ``nbytes`` for all pairs are left out, or None where they fit."""
+    needed, free = PAIR_TENSORS[direction] * nbytes, free_memory(device)
+    if free is None or needed < 0.8 * free:
+        return None
+    return f"skipped: needs about {needed / 1e9:.1f} GB for all pairs, {free / 1e9:.1f} GB are free"
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def markdown(results):
+    """The tables of ``results`` as in attention.json."""
+    rows, machine, settings = results["rows"], results["machine"], results["settings"]
+    methods = [method for method in COLOURS if any(row["method"] == method for row in rows)]
+    lines = [
+        "# Speed of attention",
+        "",
+        f"{machine['name']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"{settings['dtype']}, commit {machine['commit'] or 'unknown'}. {settings['heads']} heads of width "
+        f"{settings['head_dim']}, variant {settings['variant']}, backend {settings['backend']}. Copying memory: "
+        f"{results['copy_gb_per_s']:.1f} GB/s, read and written.",
+        "",
+        f"`{results['command']}`",
+    ]
+    for direction in DIRECTIONS:
+        chosen = [row for row in rows if row["direction"] == direction]
+        table = [["patches", "batch", "density", *methods]]
+        memory = [["patches", "batch", *methods]]
+        for size in dict.fromkeys((row["patches"], row["batch"], row["density"]) for row in chosen):
+            at = {row["method"]: row for row in chosen if row["patches"] == size[0]}
+            start = [str(size[0]), str(size[1])]
+            table.append([*start, f"{size[2]:.2%}", *(_time_cell(at.get(method)) for method in methods)])
+            memory.append([*start, *(_cell(at, method, "memory_mb") for method in methods)])
+        lines += ["", f"## {direction}", "", "ms of a batch (times faster than dense)", "", *markdown_table(table)]
+        lines += ["", "Peak memory beyond the inputs, MB", "", *markdown_table(memory)]
+    ours = [["patches", "method", "direction", "GB/s", "of copying", "largest error"]]
+    for row in rows:
+        if "gb_per_s" in row:
+            error = f"{row['max_error']:.1e}" if "max_error" in row else "not checked"
+            cells = [f"{row['gb_per_s']:.3g}", f"{row['share_of_copy']:.1%}", error]
+            ours.append([str(row["patches"]), row["method"], row["direction"], *cells])
+    explanation = "Bytes that must be read and written once, over the time; above 100 % the caches hold them."
+    lines += ["", "## Distance to the limit", "", explanation, "", *markdown_table(ours)]
+    notes = [f"* {r['patches']} patches, {r['direction']}, {r['method']}: {r['note']}" for r in rows if r["note"]]
+    return "\n".join([*lines, *(["", *notes] if notes else []), ""])
+
+
+def markdown_table(cells):
+    """Rows of text as lines of Markdown, aligned so that they also read well in a terminal."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return [lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]]
+
+
+def _time_cell(row):
+    if row is None or row["ms"] is None:
+        return "–"
+    ratio = f" ({_ratio(row)})" if row["ratio"] and row["method"] != "dense" else ""
+    return f"{_short(row['ms'])}{ratio}"
+
+
+def _cell(at, method, key):
+    value = at[method][key] if method in at else None
+    return "–" if value is None else _short(value)
+
+
+def _short(number):
+    """Three digits, without an exponent."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}" if number >= 0.01 else f"{number:.4f}"
+
+
+def _ratio(row):
+    return f"{row['ratio']:.{2 if row['ratio'] < 10 else 1}f}x"
+
+
+def plot(results, path):
+    """Write a picture of ms against patches: a panel a direction, a line a method, named at its end."""
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+    rows = [row for row in results["rows"] if row["ms"]]
+    figure = Figure(figsize=(13, 5.4), layout="constrained")
+    machine, settings = results["machine"], results["settings"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    figure.suptitle(
+        f"One batch of about {settings['tokens']:,} patch tokens; in bold: how many times faster than dense\n"
+        f"{machine['name']}{', ' + threads if machine['device'] == 'cpu' else ''}, {settings['dtype']}, "
+        f"{settings['heads']} heads of width {settings['head_dim']}, variant {settings['variant']}, "
+        f"backend {settings['backend']}",
+        fontsize=11,
+    )
+    for axes, direction in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS, strict=True):
+        lines = {m: [r for r in rows if r["direction"] == direction and r["method"] == m] for m in COLOURS}
+        lines = {method: line for method, line in lines.items() if line}
+        patches = settings["patches"]
+        axes.set(title=direction, xlabel="patches N", ylabel="ms", xscale="log", yscale="log")
+        axes.set_xticks(patches, [str(n) for n in patches])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.tick_params(axis="x", which="minor", bottom=False)
+        axes.grid(alpha=0.3)
+        for method, line in lines.items():
+            points = ([row["patches"] for row in line], [row["ms"] for row in line])
+            width = 2.6 if method in OURS else 1.4
+            axes.plot(*points, marker="o", color=COLOURS[method], linewidth=width, markersize=4)
+        # A twentieth of the axis, which both panels share.
+        gap = (max(row["ms"] for row in rows) / min(row["ms"] for row in rows)) ** 0.055
+        for method, height in _spread({method: line[-1]["ms"] for method, line in lines.items()}, gap).items():
+            last = lines[method][-1]
+            ours = method in OURS and last["ratio"]
+            axes.annotate(
+                f"{method}  {_ratio(last)}" if ours else method,
+                (last["patches"], last["ms"]),
+                (patches[-1] * max(patches[-1] / patches[0], 1.5) ** 0.08, height),
+                color=COLOURS[method],
+                va="center",
+                fontweight="bold" if ours else "normal",
+                arrowprops={"arrowstyle": "-", "color": COLOURS[method], "linewidth": 0.7, "shrinkB": 4},
+                annotation_clip=False,
+            )
+    figure.savefig(path, dpi=110)
+
+
+def _spread(heights, gap):
+    """Heights of labels on a logarithmic axis, moved until each is ``gap`` times the next lower one."""
+    names = sorted(heights, key=heights.get)
+    placed = dict(heights)
+    for _ in range(100):
+        for low, high in zip(names, names[1:], strict=False):
+            lacking = (gap * placed[low] / placed[high]) ** 0.5
+            if lacking > 1:
+                placed[low], placed[high] = placed[low] / lacking, placed[high] * lacking
+    return placed
