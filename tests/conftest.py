@@ -1,4 +1,4 @@
-"""Before any test: without a GPU its kernels are interpreted, and ``policy`` cures the torchvision of a CPU-only torch."""
+"""Before any test: kernels for a GPU are interpreted without one, and ``policy`` cures a CPU-only torchvision."""
 
 import os
 

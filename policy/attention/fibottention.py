@@ -152,7 +152,7 @@ def fibottention(
     if backend == "dense":
         mask = _mask_of_table(table, num_patches, prefix_tokens)
         return _dense(q, k, v, mask, masked_score, scale, dropout_p)
-    return sparse_forward(q, k, v, table, prefix_tokens, masked_score, scale, backend)[0]
+    return sparse_forward(q, k, v, table.contiguous(), prefix_tokens, masked_score, scale, backend)[0]
 
 
 def _backend(name, q, dropout_p):
