@@ -32,7 +32,7 @@ COLOURS = {  # Okabe and Ito's palette, which colour-blind readers can tell apar
 # Methods -------------------------------------------------------------------------------------------------------------
 
 
-def attention_methods(offsets, num_patches, *, backend, device, dtype, masked=True):
+def attention_methods(offsets, num_patches, *, backend, device, dtype, batch=1, masked=True):
     """{method: function (q, k, v) -> output}, all of (B, H, 1+N, D); masks are made here, outside of any timing.
 
     masked: whether the methods that form all pairs, MASKED, are wanted.
@@ -41,10 +41,10 @@ def attention_methods(offsets, num_patches, *, backend, device, dtype, masked=Tr
     if masked:
         # With a batch axis: torch's fused kernels take no mask of three axes, and the slow path steps in silently.
         allowed = fibottention_mask(offsets, num_patches)[None].to(device)  # (1, H, 1+N, 1+N)
-        factor = allowed.to(dtype)
+        factor = allowed.to(dtype).repeat(batch, 1, 1, 1)  # theirs has a copy for each image, kept between calls
 
         def published(q, k, v):
-            """Every pair, multiplied by a dense mask, as in the authors' code (Charlotte-CharMLab/Fibottention)."""
+            """Every pair times a dense mask, as in the authors' code (robot_learning/.../vision_transformer.py)."""
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             return (scores * factor).softmax(dim=-1) @ v
 
@@ -129,7 +129,13 @@ def measure_attention(
             pairs = heads * (1 + num_patches) ** 2 * dtype.itemsize
             skipped = {direction: _too_large(batch * pairs, device, direction) for direction in DIRECTIONS}
             methods = attention_methods(
-                offsets, num_patches, backend=backend, device=device, dtype=dtype, masked=not skipped["forward"]
+                offsets,
+                num_patches,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+                batch=batch,
+                masked=not skipped["forward"],
             )
             errors = {}
             if check and num_patches <= CHECKED:

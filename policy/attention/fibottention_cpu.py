@@ -6,6 +6,8 @@ pool of threads would wait for the first one, which keeps its cores busy for a w
 
 import ctypes
 import functools
+import itertools
+import math
 import pathlib
 import sys
 import threading
@@ -17,6 +19,7 @@ from numba import cfunc, types
 
 from policy.attention import fibottention_tiles as tiles
 from policy.attention import numba_tools
+from policy.attention.layout import empty_gradients, empty_output
 from policy.attention.numba_tools import LANES
 
 MAX_HEAD_WIDTH = 128
@@ -80,7 +83,10 @@ def _run(direction, tensors, lse, table, *, prefix_tokens, masked_score, scale):
         (2, tokens, prefix_tokens),  # PREFIX_PAIRS
         (tokens,),  # UNATTENDED
     )
-    memory = [torch.empty(threads, *shape, dtype=torch.float32) for shape in shapes]
+    # One allocation for all; each part begins with a cache line.
+    sizes = [-(-threads * math.prod(shape) // LANES) * LANES for shape in shapes]
+    begins = list(itertools.accumulate(sizes, initial=0))
+    memory = torch.empty(begins.pop(), dtype=torch.float32)
     scalars = {
         tiles.COUNTERS: counters.ctypes.data,
         tiles.BATCH: batch,
@@ -99,7 +105,7 @@ def _run(direction, tensors, lse, table, *, prefix_tokens, masked_score, scale):
     }
     task = np.zeros(tiles.TASK_SIZE, np.int64)
     task[list(scalars)] = list(scalars.values())
-    task[tiles.ROWS : tiles.INDEX] = [array.data_ptr() for array in memory]
+    task[tiles.ROWS : tiles.INDEX] = [memory.data_ptr() + 4 * begin for begin in begins]
     for number, tensor in enumerate(tensors):
         strides = [stride * tensor.element_size() for stride in tensor.stride()[:3]]
         task[tiles.Q + 4 * number : tiles.Q + 4 * number + 4] = tensor.data_ptr(), *strides
@@ -131,26 +137,20 @@ def _dense_vectors(*tensors):
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
-def _like(q):
-    """An empty (B, H, T, D) that is contiguous as (B, T, H, D), so that merging the heads copies nothing."""
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
 def forward(q, k, v, table, **options):
     """q, k, v (B, H, T, D) and table (H, 1+S) of ``diagonal_table`` -> out (B, H, T, D), lse (B, H, T) float32.
 
     lse is the logarithm of the normaliser of each softmax row. options: prefix_tokens, masked_score, scale.
     """
-    out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel():
         _run("forward", [*_dense_vectors(q, k, v), out], lse, table, **options)
     return out, lse
 
 
 def backward(grad, q, k, v, out, lse, table, **options):
-    """grad, q, k, v, out (B, H, T, D), lse (B, H, T) -> gradients of q, k and v, each (B, H, T, D)."""
-    grads = [_like(q) for _ in range(3)]
+    """grad, q, k, v, out (B, H, T, D), lse (B, H, T) -> gradients of q, k and v (3, B, H, T, D)."""
+    grads = empty_gradients(q)
     if q.numel():
         _run("backward", [*_dense_vectors(q, k, v, out, grad), *grads], lse, table, **options)
-    return tuple(grads)
+    return grads

@@ -6,6 +6,7 @@ Being operators with known shapes they pass through torch.compile, torch.export,
 import torch
 
 from policy.attention import fibottention_cpu, fibottention_triton
+from policy.attention.layout import empty_gradients, empty_output
 
 KERNELS = {"cpu": fibottention_cpu, "triton": fibottention_triton}
 
@@ -50,27 +51,21 @@ def sparse_backward(
     masked_score: str,
     scale: float,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> gradients of q, k and v, each (B, H, T, D)."""
+) -> torch.Tensor:
+    """-> gradients of q, k and v (3, B, H, T, D)."""
     return KERNELS[backend].backward(
         grad, q, k, v, out, lse, table, prefix_tokens=prefix_tokens, masked_score=masked_score, scale=scale
     )
 
 
-def _like(q):
-    """Both kernels write (B, T, H, D) and hand it out as (B, H, T, D), so that merging the heads copies nothing."""
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
 @sparse_forward.register_fake
 def _(q, k, v, table, prefix_tokens, masked_score, scale, backend):
-    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @sparse_backward.register_fake
 def _(grad, q, k, v, out, lse, table, prefix_tokens, masked_score, scale, backend):
-    return _like(q), _like(q), _like(q)
+    return empty_gradients(q)
 
 
 def _save_for_backward(ctx, inputs, output):

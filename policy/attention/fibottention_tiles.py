@@ -16,6 +16,7 @@ from policy.attention.numba_tools import (
     LANES,
     bits32_array,
     compiled,
+    count_lanes,
     exp,
     f32,
     fetch_increment,
@@ -126,10 +127,18 @@ def _add_weighted(vector, scores, slot, lane, matrix, base, shifts, begin, end, 
         j2, j3 = u64(base + shifts[u64(n + 2)]), u64(base + shifts[u64(n + 3)])
         for d in range(padded_width):
             vector[d] += (w0 * matrix[j0, d] + w1 * matrix[j1, d]) + (w2 * matrix[j2, d] + w3 * matrix[j3, d])
-    for n in range(whole, end):
-        w0, j0 = scores[u64(slot + n), lane], u64(base + shifts[u64(n)])
+    if end - whole == 1:
+        w0, j0 = scores[u64(slot + whole), lane], u64(base + shifts[u64(whole)])
         for d in range(padded_width):
             vector[d] += w0 * matrix[j0, d]
+    elif end > whole:
+        # Two or three: where the third is missing, the second stands in with weight 0.
+        w0, w1 = scores[u64(slot + whole), lane], scores[u64(slot + whole + 1), lane]
+        w2 = scores[u64(slot + end - 1), lane] if end - whole == 3 else f32(0.0)
+        j0, j1 = u64(base + shifts[u64(whole)]), u64(base + shifts[u64(whole + 1)])
+        j2 = u64(base + shifts[u64(end - 1)])
+        for d in range(padded_width):
+            vector[d] += (w0 * matrix[j0, d] + w1 * matrix[j1, d]) + w2 * matrix[j2, d]
 
 
 @inline
@@ -155,8 +164,7 @@ def _count_attended(attended, full, deltas, count, first, size, prefix, tokens):
         attended[lane] = f32(full)
     for n in range(count):
         begin, end = _lanes_on_diagonal(deltas[n], first, size, prefix, tokens)
-        for lane in range(LANES):
-            attended[lane] += f32(1.0) if f32(begin) <= f32(lane) < f32(end) else f32(0.0)
+        count_lanes(attended, begin, end)
 
 
 @inline

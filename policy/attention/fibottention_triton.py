@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import torch
 
+from policy.attention.layout import empty_gradients, empty_output
+
 try:
     import triton
     import triton.language as tl
@@ -46,7 +48,7 @@ def forward(q, k, v, table, *, prefix_tokens, masked_score, scale):
     """
     q, k, v = map(_rows, (q, k, v))
     heads, tokens = q.shape[1:3]
-    out, lse = _empty_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() == 0:
         return out, lse.fill_(0)
     shape = _shape(q, masked_score)
@@ -63,13 +65,13 @@ def forward(q, k, v, table, *, prefix_tokens, masked_score, scale):
 
 
 def backward(grad_out, q, k, v, out, lse, table, *, prefix_tokens, masked_score, scale):
-    """Gradients dq, dk, dv (B, H, T, D) for grad_out (B, H, T, D) of ``forward``; in memory (B, T, H, D)."""
+    """Gradients of q, k and v (3, B, H, T, D) for grad_out (B, H, T, D) of ``forward``."""
     grad_out, q, k, v, out = map(_rows, (grad_out, q, k, v, out))
     lse = lse.contiguous()
     batch, heads, tokens, width = q.shape
-    dq, dk, dv = (_empty_rows(q) for _ in range(3))
+    gradients = empty_gradients(q)
     if q.numel() == 0:
-        return dq, dk, dv
+        return gradients
     shape = _shape(q, masked_score)
     delta, base_weight, base_sum = torch.empty_like(lse), None, None
     row_tiles = triton.cdiv(tokens, BLOCK)
@@ -86,23 +88,17 @@ def backward(grad_out, q, k, v, out, lse, table, *, prefix_tokens, masked_score,
         )
         base_sum = base_sum.sum(2) if shape["ZERO"] else None  # (B, H, D)
         _backward_kernel[grid](
-            *(q, k, v, grad_out, lse, delta, base_weight, base_sum, table, dq, dk, dv),
+            *(q, k, v, grad_out, lse, delta, base_weight, base_sum, table, *gradients),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], table.stride(0)),
             *(tiles, heads, tokens, prefix_tokens, scale),
             **shape,
         )
-    return dq, dk, dv
+    return gradients
 
 
 def _rows(x):
     """``x`` with every token's D numbers next to each other, as the kernels read them."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty_rows(q):
-    """Empty (B, H, T, D) that lies in memory as (B, T, H, D): joining the heads afterwards copies nothing."""
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 def _grid(q, prefix_tokens):

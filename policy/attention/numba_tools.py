@@ -99,6 +99,30 @@ def raise_lanes(typing_context, largest, scores, slot):
     return types.void(largest, scores, types.int64), generate
 
 
+@intrinsic
+def count_lanes(typing_context, counts, begin, end):
+    """counts[lane] += 1 for the lanes begin <= lane < end, in one step."""
+
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        integer = ir.IntType(32)
+        lanes = ir.Constant(ir.VectorType(integer, LANES), [integer(lane) for lane in range(LANES)])
+        bounds = []
+        for bound in arguments[1:]:
+            lane = builder.insert_element(
+                ir.Constant(lanes.type, ir.Undefined), builder.trunc(bound, integer), integer(0)
+            )
+            bounds.append(builder.shuffle_vector(lane, lane, ir.Constant(lanes.type, [integer(0)] * LANES)))
+        inside = builder.and_(builder.icmp_signed(">=", lanes, bounds[0]), builder.icmp_signed("<", lanes, bounds[1]))
+        vector = ir.VectorType(ir.FloatType(), LANES)
+        place = builder.bitcast(array.data, vector.as_pointer())
+        old = builder.load(place, align=4)
+        builder.store(builder.fadd(old, builder.uitofp(inside, vector)), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(counts, types.int64, types.int64), generate
+
+
 @njit(forceinline=True, fastmath=False, _nrt=False)  # adding and subtracting ROUND must not be cancelled
 def exp(x):
     """exp of a float32 below 88 within two units in the last place (coefficients of Cephes' expf); vectorises."""
