@@ -17,7 +17,7 @@ import torch
 from eval.attention_speed import markdown, markdown_table, measure_attention, plot
 from eval.command import command
 from eval.encoder_speed import cells, measure_encoder
-from eval.machine import choose_device, copy_bandwidth, describe_machine
+from eval.machine import choose_device, copy_bandwidth, describe_machine, fix_allocation
 from policy.attention.fibottention import BACKENDS, VARIANTS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -145,6 +145,7 @@ def main(argv=None):
     _check_positive(threads=args.threads)
     if args.threads:
         torch.set_num_threads(args.threads)
+    fix_allocation()
     args.run(args)
 
 
