@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from eval.machine import compare, free_memory
 from policy.attention import fibottention, fibottention_mask, wythoff_offsets
-from policy.attention.fibottention import diagonal_table
+from policy.attention.fibottention import diagonal_table, pattern_density
 
 DIRECTIONS = ("forward", "forward+backward")
 OURS = {"fibottention zero": "zero", "fibottention exclude": "exclude"}  # method: masked_score
@@ -125,7 +125,7 @@ def measure_attention(
             shape = (batch, heads, 1 + num_patches, head_dim)
             q, k, v, d_out = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
             inputs = (*(x.requires_grad_() for x in (q, k, v)), d_out)
-            size = {"patches": num_patches, "batch": batch, "density": density(offsets, num_patches)}
+            size = {"patches": num_patches, "batch": batch, "density": pattern_density(offsets, num_patches)}
             pairs = heads * (1 + num_patches) ** 2 * dtype.itemsize
             skipped = {direction: _too_large(batch * pairs, device, direction) for direction in DIRECTIONS}
             methods = attention_methods(
@@ -159,12 +159,6 @@ def measure_attention(
                     rows.append(row)
                 bar.update()
     return rows
-
-
-def density(offsets, num_patches):
-    """Share of the pairs of patches that a head attends to, mean over heads."""
-    pairs = sum((num_patches - o) * (2 if o else 1) for head in offsets for o in head if o < num_patches)
-    return pairs / len(offsets) / num_patches**2
 
 
 def _too_large(nbytes, device, direction):

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from eval import attention_speed, encoder_speed, machine, speed
-from eval.attention_speed import COLOURS, DIRECTIONS, attention_methods, density, flex_method, reference_errors
+from eval.attention_speed import COLOURS, DIRECTIONS, attention_methods, flex_method, reference_errors
 from policy.attention import fibottention, fibottention_mask, wythoff_offsets
-from policy.attention.fibottention import diagonal_table
+from policy.attention.fibottention import diagonal_table, pattern_density
 
 TINY = ["--heads", "3", "--head-dim", "8", "--tokens", "40", "--seconds", "0.01", "--device", "cpu"]
 DENSE = ["--backend", "dense"]  # compiles nothing; the kernels have tests of their own
@@ -98,7 +98,7 @@ def test_reference_errors_find_a_wrong_result_or_gradient(rule):
 def test_density_is_that_of_the_mask(num_patches, heads, variant):
     offsets = wythoff_offsets(num_patches, heads, variant=variant)
     mask = fibottention_mask(offsets, num_patches)[:, 1:, 1:]
-    assert density(offsets, num_patches) == pytest.approx(mask.double().mean().item(), abs=1e-12)
+    assert pattern_density(offsets, num_patches) == pytest.approx(mask.double().mean().item(), abs=1e-12)
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_every_method_is_measured_at_every_size(run):
     assert sorted(found) == sorted(itertools.product((11, 20), DIRECTIONS, methods)) and found[0][0] == 11
     for row in results["rows"]:
         assert row["batch"] == {11: 4, 20: 2}[row["patches"]]  # 40 tokens
-        assert row["density"] == density(wythoff_offsets(row["patches"], 3), row["patches"])
+        assert row["density"] == pattern_density(wythoff_offsets(row["patches"], 3), row["patches"])
         assert row["ms"] > 0 and 5 <= row["repeats"] <= 200 and row["note"] is None
         assert row["memory_mb"] is None or 0 <= row["memory_mb"] < 50
 

@@ -98,6 +98,12 @@ def fibottention_mask(offsets, num_tokens, *, prefix_tokens=1):
     return _mask_of_table(diagonal_table(offsets, num_tokens), num_tokens, prefix_tokens)
 
 
+def pattern_density(offsets, num_tokens):
+    """Share of the pairs of patch tokens that a head attends to, mean over heads."""
+    pairs = sum((num_tokens - o) * (2 if o else 1) for head in offsets for o in set(head) if o < num_tokens)
+    return pairs / len(offsets) / num_tokens**2
+
+
 def _mask_of_table(table, num_tokens, prefix_tokens):
     index = torch.arange(num_tokens, device=table.device)
     distance = index[None, :] - index[:, None]  # of the key from the query
@@ -262,6 +268,5 @@ class FibottentionAttention(nn.Module):
         return _mask_of_table(self.table, self.num_patches, self.prefix_tokens)
 
     def density(self):
-        """Share of the patch pairs that a head attends to, mean over heads."""
-        pairs = sum(self.num_patches - abs(delta) for row in self.table.tolist() for delta in row[1 : 1 + row[0]])
-        return pairs / (self.num_heads * self.num_patches**2)
+        """Share of the pairs of patches that a head attends to, mean over heads."""
+        return pattern_density(self.offsets, self.num_patches)
