@@ -88,7 +88,7 @@ def diagonal_table(offsets, num_tokens):
         if wrong:
             raise ValueError(f"offsets: got {wrong[0]!r}, allowed: integers >= 0")
         heads.append(sorted({sign * o for o in head if o < num_tokens for sign in (-1, 1)}))
-    width = 1 + max(map(len, heads), default=0)
+    width = 1 + max([0, *[len(head) for head in heads]])
     rows = [[len(head), *head] + [0] * (width - 1 - len(head)) for head in heads]
     return torch.tensor(rows, dtype=torch.int32).reshape(len(heads), width)
 
@@ -140,7 +140,8 @@ def fibottention(
         raise ValueError(f"offsets: got {len(offsets)} heads, allowed: {q.shape[1]} as in q")
     if not 0 <= prefix_tokens <= q.shape[2]:
         raise ValueError(f"prefix_tokens: got {prefix_tokens}, allowed: 0 to {q.shape[2]}")
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type)
+    if autocast and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(

@@ -14,6 +14,7 @@ import numpy as np
 
 from policy.attention.numba_tools import (
     LANES,
+    add_four_rows,
     bits32_array,
     compiled,
     count_lanes,
@@ -108,12 +109,12 @@ def _dot_tile(scores, scale, rows, matrix, first, size, full, deltas, count, pre
         if end - begin < LANES:
             for lane in range(LANES):
                 scores[slot, lane] = outside
-        for lane in range(begin, end):
-            key = u64(first + deltas[n] + lane)
+        queries, keys = rows[first + begin :], matrix[first + begin + deltas[n] :]
+        for lane in range(end - begin):
             total = f32(0.0)
             for d in range(padded_width):
-                total += rows[u64(first + lane), d] * matrix[key, d]
-            scores[slot, u64(lane)] = scale * total
+                total += queries[lane, d] * keys[lane, d]
+            scores[slot, u64(begin + lane)] = scale * total
 
 
 @inline
@@ -125,8 +126,8 @@ def _add_weighted(vector, scores, slot, lane, matrix, base, shifts, begin, end, 
         w2, w3 = scores[u64(slot + n + 2), lane], scores[u64(slot + n + 3), lane]
         j0, j1 = u64(base + shifts[u64(n)]), u64(base + shifts[u64(n + 1)])
         j2, j3 = u64(base + shifts[u64(n + 2)]), u64(base + shifts[u64(n + 3)])
-        for d in range(padded_width):
-            vector[d] += (w0 * matrix[j0, d] + w1 * matrix[j1, d]) + (w2 * matrix[j2, d] + w3 * matrix[j3, d])
+        for d in range(0, padded_width, LANES):
+            add_four_rows(vector, matrix, d, j0, j1, j2, j3, w0, w1, w2, w3)
     if end - whole == 1:
         w0, j0 = scores[u64(slot + whole), lane], u64(base + shifts[u64(whole)])
         for d in range(padded_width):
@@ -137,8 +138,8 @@ def _add_weighted(vector, scores, slot, lane, matrix, base, shifts, begin, end, 
         w2 = scores[u64(slot + end - 1), lane] if end - whole == 3 else f32(0.0)
         j0, j1 = u64(base + shifts[u64(whole)]), u64(base + shifts[u64(whole + 1)])
         j2 = u64(base + shifts[u64(end - 1)])
-        for d in range(padded_width):
-            vector[d] += (w0 * matrix[j0, d] + w1 * matrix[j1, d]) + w2 * matrix[j2, d]
+        for d in range(0, padded_width, LANES):
+            add_four_rows(vector, matrix, d, j0, j1, j2, j2, w0, w1, w2, f32(0.0))
 
 
 @inline

@@ -123,6 +123,38 @@ def count_lanes(typing_context, counts, begin, end):
     return types.void(counts, types.int64, types.int64), generate
 
 
+@intrinsic
+def add_four_rows(typing_context, vector, matrix, d, j0, j1, j2, j3, w0, w1, w2, w3):
+    """vector[d + lane] += w0 matrix[j0, d + lane] + ... + w3 matrix[j3, d + lane] for LANES lanes.
+
+    As a loop over arrays LLVM would ask each time whether the rows overlap, which takes as long as adding them.
+    """
+
+    def generate(context, builder, signature, arguments):
+        target, rows = (
+            context.make_array(kind)(context, builder, value)
+            for kind, value in zip(signature.args[:2], arguments[:2], strict=True)
+        )
+        lanes = ir.VectorType(ir.FloatType(), LANES)
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [ir.IntType(32)(0)] * LANES)
+        width = builder.extract_value(rows.shape, 1)
+        offset = arguments[2]
+        place = builder.bitcast(builder.gep(target.data, [offset]), lanes.as_pointer())
+        total = builder.load(place, align=4)
+        for row, weight in zip(arguments[3:7], arguments[7:], strict=True):
+            start = builder.gep(rows.data, [builder.add(builder.mul(row, width), offset)])
+            numbers = builder.load(builder.bitcast(start, lanes.as_pointer()), align=4)
+            single = builder.insert_element(ir.Constant(lanes, ir.Undefined), weight, ir.IntType(32)(0))
+            weights = builder.shuffle_vector(single, single, everywhere)
+            product = builder.fmul(weights, numbers, flags=("contract",))
+            total = builder.fadd(total, product, flags=("contract",))
+        builder.store(total, place, align=4)
+        return context.get_dummy_value()
+
+    weights, rows = (types.float32,) * 4, (types.uint64,) * 4
+    return types.void(vector, matrix, types.int64, *rows, *weights), generate
+
+
 @njit(forceinline=True, fastmath=False, _nrt=False)  # adding and subtracting ROUND must not be cancelled
 def exp(x):
     """exp of a float32 below 88 within two units in the last place (coefficients of Cephes' expf); vectorises."""
