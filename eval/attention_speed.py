@@ -257,7 +257,7 @@ def plot(results, path):
         lines = {method: line for method, line in lines.items() if line}
         patches = settings["patches"]
         axes.set(title=direction, xlabel="patches N", ylabel="ms", xscale="log", yscale="log")
-        axes.set_xticks(patches, [str(n) for n in patches])
+        axes.set_xticks(patches, [str(n) for n in patches], rotation=45)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.tick_params(axis="x", which="minor", bottom=False)
         axes.grid(alpha=0.3)
