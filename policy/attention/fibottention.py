@@ -90,7 +90,7 @@ def diagonal_table(offsets, num_tokens):
         heads.append(sorted({sign * o for o in head if o < num_tokens for sign in (-1, 1)}))
     width = 1 + max([0, *[len(head) for head in heads]])
     rows = [[len(head), *head] + [0] * (width - 1 - len(head)) for head in heads]
-    return torch.tensor(rows, dtype=torch.int32).reshape(len(heads), width)
+    return torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(len(heads), width)
 
 
 def fibottention_mask(offsets, num_tokens, *, prefix_tokens=1):
