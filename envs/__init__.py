@@ -7,7 +7,7 @@ is one module, a line in each table below and a config.
 
 import importlib
 
-ENVIRONMENTS = {"pusht": "envs.pusht:PushT"}
+ENVIRONMENTS = {"pusht": "envs.pusht:PushT", "robosuite": "envs.robosuite_env:RobosuiteEnv"}
 DATA_MAKERS = {"pusht_images": "envs.pusht_scenes:ensure_images", "pusht_scenes": "envs.pusht_scenes:ensure_scenes"}
 
 
