@@ -24,7 +24,7 @@ class RobosuiteEnv:
     actions: "absolute": (10 an arm) position 3 (m, world), 6-D rotation (arXiv 1812.07035, rows), gripper 1;
     "recorded": what the controller of env_args takes, 7 an arm. cameras: what ``observe`` draws, () for nothing;
     reflections: draw the 1 % mirror image in the floor, which doubles the time of every picture; None: as env_args
-    say, else True, as in the official files.
+    say, else True, as in the official files. The robosuite environment itself is at ``robosuite``.
 
     Raises ImportError without robosuite, OSError without OpenGL, ValueError for env_args that are not understood.
     """
@@ -45,7 +45,7 @@ class RobosuiteEnv:
             raise ValueError(f"task, env_args: got {task!r} and {env_args!r}, allowed: one, or the same task in both")
         if max_steps < 1:
             raise ValueError(f"max_steps: got {max_steps}, allowed: >= 1")
-        self._env = None
+        self.robosuite = None
         robosuite = load_robosuite()
         self.version = robosuite.__version__
         if env_args is None:
@@ -57,7 +57,7 @@ class RobosuiteEnv:
         arguments = make_arguments(env_args, actions=actions)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                self._env = robosuite.make(
+                self.robosuite = robosuite.make(
                     env_args["env_name"], **arguments | {"has_offscreen_renderer": True, "seed": MODEL_SEED}
                 )
         except (TypeError, AssertionError, KeyError) as error:
@@ -65,10 +65,10 @@ class RobosuiteEnv:
                 f"env_args: got {env_args['env_name']} of version {env_args.get('env_version')}, which robosuite"
                 f" {self.version} does not build ({error})"
             ) from error
-        unknown = [name for name in (*cameras, film_camera) if name not in self._env.sim.model.camera_names]
+        unknown = [name for name in (*cameras, film_camera) if name not in self.robosuite.sim.model.camera_names]
         if unknown:
-            raise ValueError(f"cameras: got {unknown}, allowed: {', '.join(self._env.sim.model.camera_names)}")
-        self.num_arms = len(self._env.robots)
+            raise ValueError(f"cameras: got {unknown}, allowed: {', '.join(self.robosuite.sim.model.camera_names)}")
+        self.num_arms = len(self.robosuite.robots)
         self.steps = 0
 
     # Episodes ------------------------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ class RobosuiteEnv:
     def reset(self, seed):
         """Start the episode that ``seed`` alone decides on, whatever ran before."""
         # robosuite's samplers hold on to the generator that they were made with, so that its state is what can be set.
-        self._env.rng.bit_generator.state = np.random.default_rng(int(seed)).bit_generator.state
-        self._env.reset()
+        self.robosuite.rng.bit_generator.state = np.random.default_rng(int(seed)).bit_generator.state
+        self.robosuite.reset()
         self.steps = 0
 
     def reset_to(self, state):
@@ -86,8 +86,8 @@ class RobosuiteEnv:
         size = len(self.state)
         if state.shape != (size,) or not np.isfinite(state).all():
             raise ValueError(f"state: got shape {state.shape} or NaN, allowed: {size} finite numbers")
-        self._env.sim.set_state_from_flattened(state)
-        self._env.sim.forward()
+        self.robosuite.sim.set_state_from_flattened(state)
+        self.robosuite.sim.forward()
         self.steps = 0
 
     def step(self, action):
@@ -102,7 +102,7 @@ class RobosuiteEnv:
             raise ValueError(f"action: got shape {action.shape} {action}, allowed: {size} finite numbers")
         if self.actions == "absolute":
             action = np.concatenate([_absolute(arm) for arm in np.split(action, self.num_arms)])
-        self._env.step(action)
+        self.robosuite.step(action)
         self.steps += 1
         success = self.success
         return float(success), success or self.steps >= self.max_steps, {"success": success}
@@ -110,17 +110,17 @@ class RobosuiteEnv:
     @property
     def success(self):
         """What robosuite's own check of the task says now."""
-        return bool(self._env._check_success())
+        return bool(self.robosuite._check_success())
 
     @property
     def state(self):
         """Flattened MuJoCo state (S,) float64: time, positions, velocities."""
-        return self._env.sim.get_state().flatten()
+        return self.robosuite.sim.get_state().flatten()
 
     @property
     def model_xml(self):
         """The MuJoCo model, as data sets keep it beside the states."""
-        return self._env.sim.model.get_xml()
+        return self.robosuite.sim.model.get_xml()
 
     # Looking -------------------------------------------------------------------------------------------------
 
@@ -131,10 +131,9 @@ class RobosuiteEnv:
 
     def low_dim(self):
         """robosuite's low-dimensional observations, float64, with the object state under "object" as in robomimic."""
-        self._env.sim.forward()  # without it sites and bodies lag one physics step (2 ms) behind the state
-        values = self._env._get_observations(force_update=True)
-        keys = [key for key in values if key.startswith("robot") and not key.endswith("-state")]
-        low_dim = {key: np.asarray(values[key], dtype=np.float64) for key in keys}
+        self.robosuite.sim.forward()  # without it sites and bodies lag one physics step (2 ms) behind the state
+        values = self.robosuite._get_observations(force_update=True)
+        low_dim = {k: np.asarray(v, dtype=np.float64) for k, v in values.items() if not k.endswith("-state")}
         if "object-state" in values:
             low_dim["object"] = np.asarray(values["object-state"], dtype=np.float64)
         return low_dim
@@ -144,10 +143,10 @@ class RobosuiteEnv:
         import mujoco
 
         size = size or self.image_size
-        context = self._env.sim._render_context_offscreen
+        context = self.robosuite.sim._render_context_offscreen
         context.gl_ctx.make_current()  # robosuite does so once: with two environments the last one made would draw
         context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = int(self.reflections)
-        return self._env.sim.render(height=size, width=size, camera_name=camera)[::-1].copy()
+        return self.robosuite.sim.render(height=size, width=size, camera_name=camera)[::-1].copy()
 
     def frame(self, size=256):
         """A larger picture (size, size, 3) uint8 for videos."""
@@ -155,9 +154,9 @@ class RobosuiteEnv:
 
     def close(self):
         """Free the simulator and its OpenGL context."""
-        if self._env is not None:
-            self._env.close()
-            self._env = None
+        if self.robosuite is not None:
+            self.robosuite.close()
+            self.robosuite = None
 
 
 def _absolute(arm):

@@ -71,7 +71,9 @@ def check_env_args(env_args, tasks):
     """Raise ValueError, which says what and why, for env_args of no known simulator, version or task."""
     missing = [key for key in ("env_name", "type", "env_kwargs") if key not in env_args]
     if missing:
-        raise ValueError(f"env_args: got {sorted(env_args)}, allowed: env_name, type and env_kwargs ({missing} missing)")
+        raise ValueError(
+            f"env_args: got {sorted(env_args)}, allowed: env_name, type and env_kwargs ({missing} missing)"
+        )
     if env_args["type"] != ROBOSUITE_TYPE:
         raise ValueError(f"env_args type: got {env_args['type']!r}, allowed: {ROBOSUITE_TYPE} (robosuite)")
     version = env_args.get("env_version")
