@@ -19,11 +19,13 @@ from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from envs import make_data, make_env
+from envs import close_env, make_data, make_env
 from eval.command import check_types, command, nearest
 from eval.rollout import describe, rollout, write_results
 from policy.build import build_datasets, build_model, cache_features
-from policy.checkpoint import load_checkpoint, load_encoder, load_weights
+from policy.checkpoint import load_checkpoint, load_model, load_weights
+from policy.dataset.replay_buffer import open_zarr
+from policy.dataset.robomimic import ensure_zarr
 from policy.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent
@@ -45,14 +47,22 @@ def choose_preset(arguments):
 
 
 def locate_data(task, cache_dir):
-    """Path of the data set that ``task.data`` names, rendered or downloaded as its entry says."""
+    """Path of the zarr that ``task.data`` names, made, rendered or converted as its entry says.
+
+    An entry may name another to use ``otherwise``, where its source is not there; ``task["data"]`` is then that one.
+    """
     name, datasets = task["data"], task["datasets"]
     names = sorted(set(datasets) - {"path"})
     entry = dict(datasets[name]) if name in names else {**datasets["path"], "source": name}
     hint = entry.pop("hint", None)
     source = entry.get("source")
+    otherwise = entry.pop("otherwise", None)
     if source is not None:
         source = Path(source) if Path(source).exists() else ROOT / source
+        if not source.exists() and otherwise is not None:
+            print(f"task.data={name}: {source} is not there (to get it: {hint}); using task.data={otherwise} instead")
+            task["data"] = otherwise
+            return locate_data(task, cache_dir)
         if not source.exists():
             advice = f"; to get it: {hint}" if hint else ""
             raise FileNotFoundError(
@@ -60,26 +70,34 @@ def locate_data(task, cache_dir):
                 f" allowed: {', '.join(names)} or a path{advice}"
             )
         entry["source"] = source
-    return make_data(entry.pop("maker"), cache_dir=cache_dir, **entry)
+    path = Path(make_data(entry.pop("maker"), cache_dir=cache_dir, **entry))
+    if path.suffix in (".hdf5", ".h5"):
+        path = ensure_zarr(path, cache_dir, actions=task["env"]["actions"])
+    return path
 
 
 def start_encoder(model, options):
     """Load ``encoder.init`` into every camera's encoder and freeze it if asked; returns a line that says so.
 
-    Raises ValueError when the weights do not fit, or would be frozen under another attention than they learned with,
-    which has the same parameters and would silently see something else.
+    Each camera starts from that of the same name, or all from the only one there is. Raises ValueError when the weights
+    do not fit, or would be frozen under another attention than they learned with, which has the same parameters and
+    would silently see something else.
     """
     init, freeze = options["encoder"]["init"], options["encoder"]["freeze"]
     if init != "none":
-        source = load_encoder(Path(init) if Path(init).exists() else ROOT / init)
+        source = load_model(Path(init) if Path(init).exists() else ROOT / init)
         learned, asked = source.config["attention"], options["attention"]
         if freeze and learned != asked:
             raise ValueError(
                 f"attention: got {asked}, allowed with the frozen encoder.init={init}: {learned};"
                 " or encoder.freeze=false, or encoder.init=none"
             )
-        for encoder in model.encoder.encoders.values():
-            load_weights(encoder, source.state_dict(), f"encoder.init={init}")
+        sources = source.encoder.encoders
+        for camera, encoder in model.encoder.encoders.items():
+            if camera not in sources and len(sources) > 1:
+                raise ValueError(f"encoder.init={init}: got cameras {', '.join(sources)}, allowed: one, or {camera!r}")
+            start = sources[camera] if camera in sources else next(iter(sources.values()))
+            load_weights(encoder, start.state_dict(), f"encoder.init={init}")
     if freeze:
         model.encoder.encoders.requires_grad_(False)
     return f"encoder: {'random weights' if init == 'none' else init}, {'frozen' if freeze else 'trained'}"
@@ -114,6 +132,8 @@ def run(config, run_dir, resume=False):
     print(describe_model(model) + "\n" + start_encoder(model, options))
     with PartialState().main_process_first():  # the others find what it rendered
         path = locate_data(options["task"], options["cache_dir"])
+    if "env_args" in options["task"]["env"]:  # rollouts happen in the environment that the data set is from
+        options["task"]["env"]["env_args"] = open_zarr(path).attrs.get("env_args")
     train_data, val_data = build_datasets(options, path)
     print(f"data: {len(train_data)} training windows, {len(val_data) if val_data else 0} held out")
     model.fit_normalizer(train_data)
@@ -140,7 +160,7 @@ def run(config, run_dir, resume=False):
 
 
 def _evaluator(options, run_dir):
-    make_env(**options["task"]["env"])  # a simulator that is not installed shows now, not after the first epochs
+    close_env(make_env(**options["task"]["env"]))  # a simulator that is not installed shows now, not after epochs
 
     def evaluate(policy, epoch):
         summary, films = rollout(policy, options["task"]["env"], **options["rollout"])
@@ -174,6 +194,7 @@ def run_dir_for(resume, task, preset):
 
 
 OmegaConf.register_new_resolver("run_dir", run_dir_for, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("cores", lambda most: min(os.cpu_count() or 1, most), replace=True)
 OmegaConf.register_new_resolver("given", lambda value: value != "none", replace=True)
 
 

@@ -1,26 +1,46 @@
 """Simulators, experts and demonstrations: numpy in, numpy out; this package never imports torch or ``policy``.
 
 An environment has ``reset(seed)``, ``observe() -> {key: array}``, ``step(action) -> (reward, done, info)`` with
-info["success"], and ``frame(size) -> (size, size, 3) uint8``. Simulators are imported at first use only. A new task
-is one module, a line in each table below and a config.
+info["success"], ``frame(size) -> (size, size, 3) uint8`` and, where needed, ``close()``. Simulators are imported at
+first use only. A new task is one module, a line in each table below and a config; an environment may also be named
+"module:attribute".
 """
 
 import importlib
 
 ENVIRONMENTS = {"pusht": "envs.pusht:PushT", "robosuite": "envs.robosuite_env:RobosuiteEnv"}
-DATA_MAKERS = {"pusht_images": "envs.pusht_scenes:ensure_images", "pusht_scenes": "envs.pusht_scenes:ensure_scenes"}
+DATA_MAKERS = {
+    "pusht_images": "envs.pusht_scenes:ensure_images",
+    "pusht_scenes": "envs.pusht_scenes:ensure_scenes",
+    "robomimic_demos": "envs.robomimic_demos:ensure_demos",
+    "robomimic_file": "envs.robomimic_images:ensure_file",
+    "robomimic_scenes": "envs.robomimic_scenes:ensure_scenes",
+}
 
 
-def _load(kind, name, table):
+def _load(kind, name, table, alternative=""):
     if name not in table:
-        raise ValueError(f"{kind}: got {name!r}, allowed: {', '.join(sorted(table))}")
+        raise ValueError(f"{kind}: got {name!r}, allowed: {', '.join(sorted(table))}{alternative}")
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def make_env(name, **options):
-    """The environment called ``name``."""
-    return _load("task.env.name", name, ENVIRONMENTS)(**options)
+    """The environment called ``name`` in the table, or an environment class "module:attribute" from anywhere."""
+    if ":" not in name:
+        return _load("task.env.name", name, ENVIRONMENTS, " or module:attribute")(**options)
+    module, attribute = name.split(":", 1)
+    kind = getattr(importlib.import_module(module), attribute, None)
+    # Names come from checkpoints too, which must not call whatever they like.
+    if not all(hasattr(kind, method) for method in ("reset", "observe", "step", "frame")):
+        raise ValueError(f"task.env.name: got {name!r}, allowed: a class with reset, observe, step and frame")
+    return kind(**options)
+
+
+def close_env(env):
+    """Free what ``env`` holds, if it has a ``close``."""
+    if hasattr(env, "close"):
+        env.close()
 
 
 def make_data(name, **options):

@@ -1,23 +1,18 @@
 """Push-T pictures from known states: random scenes to learn to see, and the images of recorded episodes.
 
-``render_parallel`` draws states with several processes; ``ensure_images`` keeps an image copy of a data set that
-stores states and actions only; ``ensure_scenes`` makes independent random scenes for ``python -m policy.pretrain``.
+``ensure_images`` keeps an image copy of a data set that stores states and actions only; ``ensure_scenes`` makes
+independent random scenes for ``python -m policy.pretrain``.
 """
 
 import hashlib
-import multiprocessing
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import zarr
-from tqdm import tqdm
 
 from envs.pusht import keypoints, render_states
 from envs.pusht_geometry import AGENT_RADIUS, ARENA, GOAL_ANGLE, GOAL_X, GOAL_Y, RECTANGLES
-
-CHUNK = 256  # frames rendered at once and stored together
+from envs.rendered_zarr import CHUNK, write_rendered
 
 
 def sample_states(count, rng):
@@ -58,46 +53,17 @@ def _distance_to_block(points, blocks):
     return np.minimum(*distances)
 
 
-def _render_chunk(job):
+def _draw(job):
     states, image_size = job
-    return render_states(states, image_size=image_size)
+    return {"img": render_states(states, image_size=image_size)}
 
 
-def render_parallel(states, *, image_size, write, processes=None, description="rendering"):
-    """Draw ``states`` (F, 5) with a progress bar; ``write(start, images)`` gets the pictures in order."""
-    starts = range(0, len(states), CHUNK)
-    jobs = [(states[start : start + CHUNK], image_size) for start in starts]
-    processes = processes or min(os.cpu_count() or 1, 8, len(jobs))
-    with (
-        multiprocessing.get_context("spawn").Pool(processes) as pool,
-        tqdm(total=len(states), desc=description, unit="frame", unit_scale=True, leave=False) as bar,
-    ):
-        for start, images in zip(starts, pool.imap(_render_chunk, jobs), strict=True):
-            write(start, images)
-            bar.update(len(images))
-
-
-def _write_rendered(target, arrays, episode_ends, states, image_size, description):
-    """A zarr format 2 folder with ``img`` rendered from ``states``; appears at ``target`` only when complete."""
-    partial = target.with_name(target.name + f".partial{os.getpid()}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        root = zarr.open_group(str(partial), mode="w", zarr_format=2)
-        shape = (len(states), image_size, image_size, 3)
-        images = root.create_array("data/img", shape=shape, chunks=(CHUNK, *shape[1:]), dtype="uint8")
-
-        def write(start, block):
-            images[start : start + len(block)] = block
-
-        render_parallel(states, image_size=image_size, write=write, description=description)
-        for name, values in arrays.items():
-            root.create_array(f"data/{name}", data=values, chunks=(4096, *values.shape[1:]))
-        root.create_array("meta/episode_ends", data=np.asarray(episode_ends, np.int64))
-        if not target.exists():  # another process may have been faster
-            os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _write_images(target, arrays, episode_ends, states, image_size, description):
+    """A zarr at ``target`` with ``img`` drawn from ``states`` (F, 5), and ``arrays``."""
+    jobs = [(states[start : start + CHUNK], image_size) for start in range(0, len(states), CHUNK)]
+    write_rendered(
+        target, _draw, jobs, frames=len(states), arrays=arrays, episode_ends=episode_ends, description=description
+    )
 
 
 def ensure_images(source, *, cache_dir, image_size=96):
@@ -130,7 +96,7 @@ def ensure_images(source, *, cache_dir, image_size=96):
     if not target.exists():
         print(f"rendering {len(states)} frames of {source} once into {target}")
         arrays = {"state": states, "action": action}
-        _write_rendered(target, arrays, ends, states, image_size, "rendering demonstrations")
+        _write_images(target, arrays, ends, states, image_size, "rendering demonstrations")
     return target
 
 
@@ -147,7 +113,7 @@ def ensure_scenes(*, cache_dir, frames, seed=0, image_size=96):
         states = sample_states(frames, np.random.default_rng(seed)).astype(np.float32)
         print(f"rendering {frames} random scenes once into {target}")
         arrays = {"state": states, "keypoint": scene_targets(states)}
-        _write_rendered(target, arrays, np.arange(1, frames + 1), states, image_size, "rendering scenes")
+        _write_images(target, arrays, np.arange(1, frames + 1), states, image_size, "rendering scenes")
     return target
 
 

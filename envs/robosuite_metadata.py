@@ -89,7 +89,7 @@ def check_env_args(env_args, tasks):
 
 
 def same_model(env_args, installed):
-    """Whether an XML model recorded with ``env_args`` suits the ``installed`` version: assets and names moved at 1.5."""
+    """Whether a model recorded with ``env_args`` loads in the ``installed`` version: assets and names moved at 1.5."""
     recorded = str(env_args.get("env_version") or "0")
     return recorded.split(".")[:2] == installed.split(".")[:2]
 

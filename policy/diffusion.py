@@ -23,7 +23,9 @@ class DiffusionPolicy(nn.Module):
     """Observations of To steps -> actions of T steps, of which Ta are executed.
 
     shape_meta: {"obs": {key: {"type", "shape"}}, "action": {"shape": [Da], "relative_to": low-dim key or null}}.
-    relative_to predicts offsets from that key at the last observed step, normalised per step of the chunk.
+    relative_to predicts offsets from that key (D,) at the last observed step in the first D entries of the action, such
+    as the position of a gripper's pose; actions are then normalised per step of the chunk. An action may also name the
+    "scaled" columns: only these are normalised, all by default.
     noise: arguments of diffusers' ``DDPMScheduler``; sampler: {"name": "ddpm" | "ddim", "num_inference_steps"}.
     """
 
@@ -38,6 +40,9 @@ class DiffusionPolicy(nn.Module):
         obs_meta, action_meta = shape_meta["obs"], shape_meta["action"]
         (self.action_dim,) = action_meta["shape"]
         self.relative_to = action_meta.get("relative_to")
+        self.scaled = action_meta.get("scaled")
+        if self.scaled is not None and not set(self.scaled) <= set(range(self.action_dim)):
+            raise ValueError(f"action.scaled: got {self.scaled}, allowed: null or columns below {self.action_dim}")
         self._check_relative(obs_meta)
         low_dim = {key: spec["shape"] for key, spec in obs_meta.items() if spec["type"] == "low_dim"}
         action_shape = (horizon, self.action_dim) if self.relative_to else (self.action_dim,)
@@ -67,9 +72,9 @@ class DiffusionPolicy(nn.Module):
     def _check_relative(self, obs_meta):
         if self.relative_to is None:
             return
-        spec = obs_meta.get(self.relative_to)
-        if spec is None or spec["type"] != "low_dim" or tuple(spec["shape"]) != (self.action_dim,):
-            keys = [key for key, s in obs_meta.items() if tuple(s["shape"]) == (self.action_dim,)]
+        low_dim = {key: s["shape"][0] for key, s in obs_meta.items() if s["type"] == "low_dim"}
+        keys = [key for key, size in low_dim.items() if size <= self.action_dim]
+        if self.relative_to not in keys:
             raise ValueError(f"action.relative_to: got {self.relative_to!r}, allowed: null or one of {keys}")
 
     def _check_inference_steps(self, steps):
@@ -82,6 +87,10 @@ class DiffusionPolicy(nn.Module):
         """Of low-dim keys and actions; the observation encoder owns it, so that it is saved once."""
         return self.encoder.normalizer
 
+    def _origin(self, now):
+        """What chunks are relative to: the key's value ``now`` (B, D), then zeros: (B, 1, Da)."""
+        return F.pad(now, (0, self.action_dim - now.shape[1]))[:, None]
+
     # Training -------------------------------------------------------------------------------------------------
 
     def fit_normalizer(self, dataset):
@@ -91,10 +100,11 @@ class DiffusionPolicy(nn.Module):
             self.normalizer.fit(key, torch.from_numpy(arrays[key][dataset.windows[:, : self.obs_steps]]).flatten(0, 1))
         actions = torch.from_numpy(arrays["action"][dataset.windows])  # (W, T, Da)
         if self.relative_to:
-            now = arrays[self.relative_to][dataset.windows[:, self.obs_steps - 1]]
-            self.normalizer.fit("action", actions - torch.from_numpy(now)[:, None])
+            now = torch.from_numpy(arrays[self.relative_to][dataset.windows[:, self.obs_steps - 1]])
+            actions = actions - self._origin(now)
         else:
-            self.normalizer.fit("action", actions.flatten(0, 1))
+            actions = actions.flatten(0, 1)
+        self.normalizer.fit("action", actions, self.scaled)
 
     def randomness(self, count, generator):
         """What the loss of ``count`` samples draws: {"noise": (B, T, Da), "steps": (B,)} on the CPU."""
@@ -113,7 +123,7 @@ class DiffusionPolicy(nn.Module):
         features = self.encoder(batch["obs"], batch.get("crop"))[batch["frame"]]  # (B, To, K)
         actions = batch["action"]
         if self.relative_to:
-            actions = actions - batch["obs"][self.relative_to][batch["frame"][:, -1]][:, None]
+            actions = actions - self._origin(batch["obs"][self.relative_to][batch["frame"][:, -1]])
         actions = self.normalizer.normalize("action", actions)
         noisy = self.noise_scheduler.add_noise(actions, randomness["noise"], randomness["steps"])
         predicted = self.denoiser(noisy, randomness["steps"], features.flatten(1))
@@ -156,7 +166,7 @@ class DiffusionPolicy(nn.Module):
         chunk = self._denoise(condition, generator, num_inference_steps)
         chunk = self.normalizer.denormalize("action", chunk)
         if self.relative_to:
-            chunk = chunk + obs[self.relative_to][:, -1:].to(chunk)
+            chunk = chunk + self._origin(obs[self.relative_to][:, -1].to(chunk))
         return chunk
 
     def _denoise(self, condition, generator, num_inference_steps):

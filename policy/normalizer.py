@@ -18,14 +18,22 @@ class Normalizer(nn.Module):
             self.register_buffer(f"{key}_scale", torch.ones(tuple(shape)))
             self.register_buffer(f"{key}_offset", torch.zeros(tuple(shape)))
 
-    def fit(self, key, data):
-        """Use the minimum and maximum over the first axis of ``data`` (F, *shape)."""
+    def fit(self, key, data, columns=None):
+        """Use the minimum and maximum over the first axis of ``data`` (F, *shape).
+
+        columns: entries of the last axis that this is for, all by default; the others are left as they are.
+        """
         low, high = data.amin(dim=0), data.amax(dim=0)
         spread = high - low
         moves = spread > MIN_RANGE
         scale = torch.where(moves, 2.0 / spread.clamp_min(MIN_RANGE), 1.0)
+        offset = -scale * (low + high) / 2
+        if columns is not None:
+            kept = torch.ones(data.shape[-1], dtype=torch.bool)
+            kept[list(columns)] = False
+            scale[..., kept], offset[..., kept] = 1.0, 0.0
         self.get_buffer(f"{key}_scale").copy_(scale)
-        self.get_buffer(f"{key}_offset").copy_(-scale * (low + high) / 2)
+        self.get_buffer(f"{key}_offset").copy_(offset)
 
     def normalize(self, key, x):
         """x (..., *shape) raw units -> [-1, 1]."""

@@ -260,7 +260,8 @@ def test_two_cameras_need_a_name(tmp_path):
 def test_a_pretraining_checkpoint_is_no_policy_but_has_an_encoder(tmp_path):
     config = tiny.policy_config(images=True, crop=None)
     config["model"] = {"name": "keypoints", "px_per_unit": 256}
-    config["task"]["shape_meta"] = {**config["task"]["shape_meta"], "keypoint": {"type": "low_dim", "shape": [5]}}
+    config["encoder"] = {**config["encoder"], "out_dim": 4}
+    config["task"]["shape_meta"] = {**config["task"]["shape_meta"], "keypoint": {"type": "low_dim", "shape": [4]}}
     model = build_model(config).eval()
     assert isinstance(model, KeypointRegressor)
     weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -179,9 +179,16 @@ def test_published_encoder():
 def test_remainder_must_be_dropped_on_purpose():
     with pytest.raises(ValueError, match=r"image size: got 84, allowed: a multiple of patch size 8.*last 4 px"):
         vit(image_size=84)
-    with pytest.raises(ValueError, match="patch stem only"):
-        vit(image_size=84, stem="conv", drop_remainder=True)
     assert vit(image_size=84, depth=1, drop_remainder=True).grid == (10, 10)
+
+
+def test_conv_stem_rounds_the_grid_up_and_sees_every_pixel():
+    encoder = vit(image_size=84, depth=1, stem="conv", pool="mean")
+    assert encoder.grid == (11, 11)
+    images = torch.rand(1, 3, 84, 84, requires_grad=True)
+    assert encoder.tokens(images).shape[1] == 11 * 11 + encoder.prefix_tokens
+    encoder(images).square().sum().backward()
+    assert (images.grad.abs().sum(dim=(0, 1)) > 0).all()
 
 
 # Contract of every encoder ---------------------------------------------------------------------------------------
@@ -458,11 +465,37 @@ def test_keypoint_loss_by_hand():
     assert losses["px"].item() == pytest.approx(256 * distance, rel=1e-5) and not losses["px"].requires_grad
 
 
+def test_keypoint_loss_of_two_cameras_in_space():
+    """Each camera reads all targets; distances are between points of three coordinates, in mm, also per camera."""
+    cameras = {key: {"type": "rgb", "shape": [3, 12, 12]} for key in ("front", "wrist")}
+    model = keypoint_model(shape_meta={"obs": cameras, "keypoint": {"shape": [6]}}, px_per_unit=None, mm_per_unit=250)
+    images = {key: torch.randint(0, 256, (4, 3, 12, 12), dtype=torch.uint8) for key in cameras}
+    target = torch.rand(4, 6) * 2 - 1
+    losses = model({"obs": images, "keypoint": target}, {})
+    mm, smooth = [], []
+    for key in cameras:
+        read = model.encoder.encoders[key](images[key].float() / 127.5 - 1)
+        off = (read - target).detach().double().numpy()
+        smooth.append(np.where(abs(off) < BETA, off**2 / (2 * BETA), abs(off) - BETA / 2).mean())
+        mm.append(250 * np.sqrt((off.reshape(4, 2, 3) ** 2).sum(axis=2)).mean())
+        assert losses[f"mm_{key}"].item() == pytest.approx(mm[-1], rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(np.mean(smooth), rel=1e-5)
+    assert losses["mm"].item() == pytest.approx(np.mean(mm), rel=1e-5)
+
+
 def test_keypoint_errors():
     with pytest.raises(ValueError, match="crop: got 8, allowed: null"):
         keypoint_model(crop=8)
-    with pytest.raises(ValueError, match="encoder.out_dim: got 5, allowed: 6, the number of targets"):
+    with pytest.raises(ValueError, match="encoder.out_dim: got {'image': 5}, allowed: 6, the number of targets"):
         keypoint_model(encoder={"name": "vit", **SMALL, "depth": 1, "patch_size": 4, "out_dim": 5})
+    for both in ({}, {"px_per_unit": 1, "mm_per_unit": 1}):
+        with pytest.raises(ValueError, match="px_per_unit, mm_per_unit: got .*, allowed: exactly one"):
+            keypoint_model(**{"px_per_unit": None, **both})
+    with pytest.raises(ValueError, match="keypoint: got 5 targets, allowed: a multiple of 2"):
+        keypoint_model(
+            shape_meta={"obs": observation_meta(), "keypoint": {"shape": [5]}},
+            encoder={"name": "vit", **SMALL, "depth": 1, "patch_size": 4, "out_dim": 5},
+        )
 
 
 # The torchvision beside a CPU-only torch ---------------------------------------------------------------------------

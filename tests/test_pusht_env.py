@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zarr
 
-from envs import make_data, make_env, pusht_scenes
+from envs import make_data, make_env, pusht_scenes, rendered_zarr
 from envs.pusht import PushT, keypoints, render_states
 from envs.pusht_scenes import ensure_images, ensure_scenes, sample_states, scene_targets
 
@@ -268,22 +268,18 @@ def rendered_here(monkeypatch):
     """Draw in this process, which starts much faster; the list counts the calls."""
     calls = []
 
-    def render(states, *, image_size, write, description):
-        calls.append(description)
-        write(0, render_states(states, image_size=image_size))
+    def in_this_process(draw, jobs):
+        calls.append(len(jobs))
+        return map(draw, jobs)
 
-    monkeypatch.setattr(pusht_scenes, "render_parallel", render)
+    monkeypatch.setattr(rendered_zarr, "in_processes", in_this_process)
     return calls
 
 
-def test_render_parallel_gives_the_pictures_in_order(monkeypatch, states):
+def test_processes_give_the_pictures_in_order(tmp_path, monkeypatch, states):
     monkeypatch.setattr(pusht_scenes, "CHUNK", 3)
-    parts = []
-    pusht_scenes.render_parallel(
-        states, image_size=32, write=lambda start, images: parts.append((start, images)), processes=2
-    )
-    assert [start for start, _ in parts] == [0, 3, 6]
-    np.testing.assert_array_equal(np.concatenate([images for _, images in parts]), render_states(states, image_size=32))
+    path = ensure_images(state_only(tmp_path / "demos.zarr", states), cache_dir=tmp_path, image_size=32)
+    np.testing.assert_array_equal(zarr.open_group(path, mode="r")["data/img"][:], render_states(states, image_size=32))
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
@@ -348,10 +344,11 @@ def test_a_missing_source_is_named(tmp_path):
 
 
 def test_interrupted_rendering_leaves_nothing_behind(tmp_path, states, monkeypatch):
-    def interrupted(states, **_options):
+    def interrupted(draw, jobs):
+        yield draw(jobs[0])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pusht_scenes, "render_parallel", interrupted)
+    monkeypatch.setattr(rendered_zarr, "in_processes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ensure_images(state_only(tmp_path / "demos.zarr", states), cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -457,6 +457,58 @@ def test_the_normalizer_is_fitted_to_the_training_windows():
         torch.testing.assert_close(policy.normalizer.denormalize("action", normal), actions, rtol=0, atol=1e-2)
 
 
+def pose_policy(**action):
+    """A policy of actions (3,), and windows whose "agent_pos" (2,) is what the first two are relative to."""
+    config = tiny.policy_config()
+    config["task"]["shape_meta"]["action"] = {"type": "low_dim", "shape": [3], **action}
+    buffer = tiny.replay_buffer(images=False)
+    grip = np.where(np.arange(buffer.num_frames) % 2, 0.25, -1).astype(np.float32)[:, None]
+    buffer.arrays["action"] = np.concatenate([buffer.arrays["action"], grip], axis=1)
+    data = tiny.window_data(config, buffer)
+    model = build_model(config).eval()
+    model.fit_normalizer(data)
+    return model, data
+
+
+def test_columns_that_are_not_scaled_stay_as_they_are():
+    for relative in (None, "agent_pos"):
+        policy, data = pose_policy(scaled=[0, 1], relative_to=relative)
+        actions = torch.from_numpy(data.buffer.arrays["action"][data.windows])
+        normal = policy.normalizer.normalize("action", actions)
+        assert torch.equal(normal[..., 2], actions[..., 2]) and not torch.equal(normal[..., :2], actions[..., :2])
+    with pytest.raises(ValueError, match=r"action.scaled: got \[0, 3\], allowed: null or columns below 3"):
+        pose_policy(scaled=[0, 3])
+
+
+def test_a_key_shorter_than_the_action_shifts_its_first_columns():
+    policy, data = pose_policy(relative_to="agent_pos")
+    now = data.buffer.arrays["agent_pos"][data.windows[:, 1]]
+    actions = data.buffer.arrays["action"][data.windows].astype(np.float64)
+    actions[:, :, :2] -= now[:, None]
+    low, high = policy.normalizer.denormalize("action", torch.tensor([-1.0, 1.0])[:, None, None].expand(2, 8, 3))
+    np.testing.assert_allclose(low, actions.min(axis=0), atol=1e-3)
+    np.testing.assert_allclose(high, actions.max(axis=0), atol=1e-3)
+    obs = {"agent_pos": torch.tensor([[[9.0, 9.0], [100.0, 7.0]]])}
+    chunk = policy.sample(obs, generator=torch.Generator().manual_seed(0))
+    policy._origin = lambda now: torch.zeros(1, 1, 3)
+    moved = chunk - policy.sample(obs, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(moved, torch.tensor([100.0, 7.0, 0.0]).expand(1, 8, 3), rtol=0, atol=1e-3)
+
+
+def test_the_loss_sees_actions_from_the_position_now():
+    """What the U-Net is trained on: the action minus the position now in its first columns, normalised."""
+    policy, data = pose_policy(relative_to="agent_pos")
+    batch = to_tensors(data.batch(np.arange(6)), "cpu")
+    drawn = policy.randomness(6, torch.Generator().manual_seed(0))
+    seen = []
+    policy.noise_scheduler.add_noise = lambda actions, noise, steps: seen.append(actions) or actions
+    policy(batch, drawn)
+    now = batch["obs"]["agent_pos"][batch["frame"][:, -1]]
+    expected = batch["action"].clone()
+    expected[..., :2] -= now[:, None]
+    torch.testing.assert_close(seen[0], policy.normalizer.normalize("action", expected))
+
+
 def test_every_policy_parameter_gets_a_gradient():
     torch.manual_seed(0)
     policy, data = fitted(tiny.policy(images=True))

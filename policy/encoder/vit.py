@@ -16,6 +16,7 @@ class ConvStem(nn.Module):
     """Patch embedding by 3x3 convolutions of stride 2 instead of one large-stride one (arXiv 2106.14881).
 
     images (B, 3, h, w) -> tokens (B, N, C). Takes timm's ``embed_layer`` arguments; ``patch_size`` must be 4, 8 or 16.
+    Sizes that it does not divide are rounded up, by the padding of the convolutions: 84 px and 8 give a grid of 11.
     """
 
     def __init__(self, img_size, patch_size, in_chans, embed_dim, bias=True, **_timm_options):
@@ -24,7 +25,7 @@ class ConvStem(nn.Module):
             raise ValueError(f"patch_size of the convolution stem: got {patch_size}, allowed: 4, 8, 16")
         stages = {4: 2, 8: 3, 16: 4}[patch_size]
         self.img_size = (img_size, img_size)
-        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.grid_size = (-(-img_size // patch_size),) * 2
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         layers, channels = [], in_chans
         for stage in range(stages):
@@ -157,10 +158,10 @@ def _check_geometry(image_size, patch_size, stem, pool, drop_remainder):
     if not 1 <= patch_size <= image_size:
         raise ValueError(f"patch_size: got {patch_size}, allowed: 1 to the image size {image_size}")
     remainder = image_size % patch_size
-    if remainder and (not drop_remainder or stem == "conv"):
+    if remainder and stem == "patch" and not drop_remainder:
         raise ValueError(
             f"image size: got {image_size}, allowed: a multiple of patch size {patch_size}"
-            f" (or encoder.drop_remainder=true to ignore the last {remainder} px, patch stem only)"
+            f" (or encoder.drop_remainder=true to ignore the last {remainder} px, or stem=conv)"
         )
 
 

@@ -1,0 +1,55 @@
+"""Pictures drawn by several processes into a zarr (format 2) that appears only when complete."""
+
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import zarr
+from tqdm import tqdm
+
+CHUNK = 256  # frames drawn by one job and stored together
+
+
+def in_processes(draw, jobs):
+    """Yield ``draw(job)`` for each of ``jobs`` in order, computed by spawned processes, one a core."""
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, 8, len(jobs))) as pool:
+        yield from pool.imap(draw, jobs)
+
+
+def write_rendered(target, draw, jobs, *, frames, arrays, episode_ends, description):
+    """A zarr folder at ``target`` with what ``draw(job)`` returns for each of ``jobs``, {name: (CHUNK, ...)}, in order.
+
+    The last job may return fewer frames; together they have ``frames``. arrays: further {name: (F, ...)}. ``draw``
+    must be importable by spawned processes. Another process that was faster wins.
+    """
+    target = Path(target)
+    partial = target.with_name(target.name + f".partial{os.getpid()}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        root = zarr.open_group(str(partial), mode="w", zarr_format=2)
+        start = 0
+        with tqdm(total=frames, desc=description, unit="frame", leave=False, dynamic_ncols=True) as bar:
+            for block in in_processes(draw, jobs):
+                count = len(next(iter(block.values())))
+                for name, values in block.items():
+                    _array(root, name, frames, values)[start : start + count] = values
+                start += count
+                bar.update(count)
+        for name, values in arrays.items():
+            root.create_array(f"data/{name}", data=values, chunks=(4096, *values.shape[1:]))
+        root.create_array("meta/episode_ends", data=np.asarray(episode_ends, np.int64))
+        if not target.exists():
+            os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _array(root, name, frames, like):
+    """The array data/``name`` of ``root`` for as many ``frames``, made when it is not there yet."""
+    if f"data/{name}" in root:
+        return root[f"data/{name}"]
+    shape = (frames, *like.shape[1:])
+    return root.create_array(f"data/{name}", shape=shape, chunks=(CHUNK, *shape[1:]), dtype=like.dtype)
