@@ -146,7 +146,7 @@ def run(config, run_dir, resume=False):
         config=options,
         run_dir=run_dir,
         device=config.device,
-        evaluate=_evaluator(options, run_dir) if is_policy else None,
+        evaluate=_evaluator(options, run_dir) if is_policy and options["rollout"]["episodes"] else None,
     )
     if resume:
         trainer.resume()
@@ -160,7 +160,10 @@ def run(config, run_dir, resume=False):
 
 
 def _evaluator(options, run_dir):
-    close_env(make_env(**options["task"]["env"]))  # a simulator that is not installed shows now, not after epochs
+    try:
+        close_env(make_env(**options["task"]["env"]))  # what does not work shows now, not after the first epochs
+    except ImportError as error:
+        raise ImportError(f"{error}; rollout.episodes=0 trains without a simulator") from error
 
     def evaluate(policy, epoch):
         summary, films = rollout(policy, options["task"]["env"], **options["rollout"])

@@ -99,9 +99,8 @@ def known_values():
     for path in CONFIG.rglob("*.yaml"):
         group = path.parent.relative_to(CONFIG)
         content = OmegaConf.to_container(OmegaConf.load(path))
-        globally = (
-            group == Path() or "@package _global_" in path.read_text() or (CONFIG / "task" / f"{group}.yaml").exists()
-        )
+        folder_of_a_task = (path.parent / "typea.yaml").exists()
+        globally = group == Path() or "@package _global_" in path.read_text() or folder_of_a_task
         for part in () if globally else reversed(group.parts):
             content = {part: content}
         for key, value in _named(content):
