@@ -7,9 +7,10 @@ import threading
 import zipfile
 from pathlib import Path
 
+import h5py
 import pytest
 
-from policy.dataset.download import ARCHIVES, Archive, fetch, main
+from policy.dataset.download import DATA_SETS, Archive, Hdf5, fetch, main
 
 MEMBER = "pusht/demos.zarr"
 FILES = {f"{MEMBER}/.zgroup": b'{"zarr_format": 2}', f"{MEMBER}/data/img/0.0": bytes(range(256)) * 400}
@@ -61,7 +62,7 @@ def server(monkeypatch):
     with Server() as server:
         server.content = zipped({"pusht/readme.txt": b"not wanted", **FILES})
         url = f"http://127.0.0.1:{server.server_port}/demos.zip"
-        monkeypatch.setitem(ARCHIVES, "demos", Archive(url=url, member=MEMBER))
+        monkeypatch.setitem(DATA_SETS, "demos", Archive(url=url, member=MEMBER))
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
         server.shutdown()
@@ -84,7 +85,7 @@ def contents(folder):
 
 def test_the_official_archive_is_in_the_table():
     """The URL of Diffusion Policy's README, and the place that config/task/pusht.yaml reads."""
-    url, member = ARCHIVES["pusht"]
+    url, member = DATA_SETS["pusht"]
     assert url == "https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip"
     config = Path(__file__).parent.parent / "config" / "task" / "pusht.yaml"
     assert f"source: data/{member}" in config.read_text()
@@ -103,7 +104,7 @@ def test_what_is_there_is_not_fetched_again(server, tmp_path, capsys):
 
 
 def test_a_single_file_can_be_the_member(server, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(ARCHIVES, "demos", ARCHIVES["demos"]._replace(member="pusht/readme.txt"))
+    monkeypatch.setitem(DATA_SETS, "demos", DATA_SETS["demos"]._replace(member="pusht/readme.txt"))
     assert call(capsys, "demos", "--output", tmp_path)[0] == 0
     assert contents(tmp_path) == {"pusht/readme.txt": b"not wanted"}
 
@@ -125,7 +126,7 @@ def test_a_fetched_file_is_the_content_byte_for_byte(server, tmp_path, ranges):
     server.ranges = ranges
     partial = tmp_path / "file"
     partial.write_bytes(server.content[:1000])
-    fetch(ARCHIVES["demos"].url, partial)
+    fetch(DATA_SETS["demos"].url, partial)
     assert partial.read_bytes() == server.content
 
 
@@ -171,18 +172,71 @@ def test_a_changed_archive_is_not_mixed_with_the_old_one(server, tmp_path, capsy
     assert call(capsys, "demos", "--output", tmp_path)[0] == 0 and contents(tmp_path) == FILES
 
 
+HDF5 = "robomimic/lift/ph/demo.hdf5"
+
+
+@pytest.fixture
+def hdf5(server, monkeypatch, tmp_path_factory):
+    """The server's content as an HDF5 file, called "lift" in the table."""
+    path = tmp_path_factory.mktemp("source") / "demo.hdf5"
+    with h5py.File(path, "w") as file:
+        file["data/demo_0/states"] = list(range(3000))
+    server.content = path.read_bytes()
+    monkeypatch.setitem(DATA_SETS, "lift", Hdf5(f"http://127.0.0.1:{server.server_port}/demo.hdf5", HDF5))
+    return server.content
+
+
+def test_the_robomimic_files_have_their_places():
+    """The paths of robomimic's own repository at Hugging Face; tool_hang has proficient humans only."""
+    hub = "https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/v1.5"
+    assert DATA_SETS["lift_ph"] == Hdf5(f"{hub}/lift/ph/demo_v15.hdf5", "robomimic/lift/ph/demo_v15.hdf5")
+    assert DATA_SETS["can_mh"] == Hdf5(f"{hub}/can/mh/demo_v15.hdf5", "robomimic/can/mh/demo_v15.hdf5")
+    assert DATA_SETS["tool_hang_ph"].url == f"{hub}/tool_hang/ph/demo_v15.hdf5" and "tool_hang_mh" not in DATA_SETS
+
+
+def test_a_single_file_is_fetched_and_the_next_step_named(server, hdf5, tmp_path, capsys):
+    for said in ("wrote", "already there:"):
+        code, out, errors = call(capsys, "lift", "--output", tmp_path)
+        assert (code, errors) == (0, []) and contents(tmp_path) == {HDF5: hdf5} and len(server.asked) == 1
+        path = tmp_path / HDF5
+        assert f"{said} {path}\n" in out
+        assert f"python -m envs.robomimic_images {path} {path.with_name('image.hdf5')}\n" in out
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_an_interrupted_single_file_goes_on_or_starts_afresh(server, hdf5, tmp_path, capsys, ranges):
+    server.ranges, server.breaks = ranges, 1000
+    code, _, (error,) = call(capsys, "lift", "--output", tmp_path)
+    assert code == 1 and "run this again" in error and error.endswith(f"put it at {tmp_path / HDF5}")
+    assert contents(tmp_path) == {f"{HDF5}.partial": hdf5[:1000]}
+    server.breaks = None
+    assert call(capsys, "lift", "--output", tmp_path)[0] == 0
+    assert server.asked == [None, "bytes=1000-"] and contents(tmp_path) == {HDF5: hdf5}
+
+
+@pytest.mark.parametrize("cut", [None, -1])
+def test_what_is_no_whole_hdf5_is_named_and_removed(server, hdf5, tmp_path, capsys, cut):
+    server.content = hdf5[:cut] if cut else b"<html>Not the file</html>"
+    code, _, (error,) = call(capsys, "lift", "--output", tmp_path)
+    assert code == 1 and "got a file that is not a whole HDF5" in error and "it was removed" in error
+    assert contents(tmp_path) == {}
+
+
 @pytest.mark.parametrize("trouble", ["no network", "not found"])
 def test_without_a_network_one_line_says_what_to_do_by_hand(server, tmp_path, capsys, monkeypatch, trouble):
     if trouble == "not found":
         server.status = 404
     else:
-        monkeypatch.setitem(ARCHIVES, "demos", Archive("http://no-such-host.invalid/demos.zip", MEMBER))
+        monkeypatch.setitem(DATA_SETS, "demos", Archive("http://no-such-host.invalid/demos.zip", MEMBER))
     code, _, errors = call(capsys, "demos", "--output", tmp_path)
     assert code == 1 and len(errors) == 1
-    assert ARCHIVES["demos"].url in errors[0] and f"so that {tmp_path / MEMBER} exists" in errors[0]
+    assert DATA_SETS["demos"].url in errors[0] and f"so that {tmp_path / MEMBER} exists" in errors[0]
     assert contents(tmp_path) == {}
 
 
 def test_unknown_names_list_the_known_ones(capsys):
-    code, _, errors = call(capsys, "push")
-    assert code == 1 and errors == ["error: data set: got 'push' (did you mean 'pusht'?), allowed: pusht"]
+    code, _, (error,) = call(capsys, "push")
+    assert code == 1 and error.startswith(
+        "error: data set: got 'push' (did you mean 'pusht'?), allowed: can_mh, can_ph,"
+    )
+    assert error.endswith(" lift_mh, lift_ph, pusht, square_mh, square_ph, tool_hang_ph, transport_mh, transport_ph")

@@ -1,7 +1,7 @@
-"""Fetch a published data set: python -m policy.dataset.download pusht [--output data]
+"""Fetch a published data set: python -m policy.dataset.download pusht|lift_ph|... [--output data]
 
-An interrupted download goes on where it stopped; what was downloaded is unpacked aside and appears at its place only
-when complete. Without a network, one line says what to fetch by hand and where it belongs.
+An interrupted download goes on where it stopped; what was downloaded appears at its place only when complete. Without
+a network, one line says what to fetch by hand and where it belongs.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import h5py
 from tqdm import tqdm
 
 from policy.registry import lookup
@@ -31,12 +32,31 @@ class Archive(NamedTuple):
     member: str
 
 
-# Published by Diffusion Policy (arXiv 2303.04137).
-ARCHIVES = {
+class Hdf5(NamedTuple):
+    """The HDF5 file at ``url``, which belongs at ``member`` under --output."""
+
+    url: str
+    member: str
+
+
+def robomimic(task, kind):
+    """Demonstrations of robomimic (arXiv 2108.03298) with the states of the simulator, made for robosuite 1.5."""
+    name = f"{task}/{kind}/demo_v15.hdf5"
+    return Hdf5(
+        url=f"https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/v1.5/{name}",
+        member=f"robomimic/{name}",
+    )
+
+
+DATA_SETS = {
+    # Published by Diffusion Policy (arXiv 2303.04137).
     "pusht": Archive(
         url="https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip",
         member="pusht/pusht_cchi_v7_replay.zarr",
     ),
+    # One proficient human (ph) or several of mixed skill (mh).
+    **{f"{task}_ph": robomimic(task, "ph") for task in ("lift", "can", "square", "transport", "tool_hang")},
+    **{f"{task}_mh": robomimic(task, "mh") for task in ("lift", "can", "square", "transport")},
 }
 
 
@@ -108,36 +128,50 @@ def _check_inside(name, archive):
         raise ValueError(f"{archive}: got the entry {name!r}, allowed: paths inside the archive")
 
 
+def put(file, target):
+    """Move the HDF5 ``file`` to ``target``; raises ValueError for a file that is none or is cut off."""
+    try:
+        h5py.File(file, "r").close()
+    except OSError as error:
+        raise ValueError(f"{file}: got a file that is not a whole HDF5 ({error}), allowed: an HDF5") from error
+    os.replace(file, target)
+
+
 def download(name, output):
     """Bring the data set ``name`` under the folder ``output``; returns (its path, whether it was there already).
 
-    Raises ValueError for an unknown name or a bad archive and OSError when it cannot be fetched.
+    Raises ValueError for an unknown name or a bad file and OSError when it cannot be fetched.
     """
-    url, member = lookup("data set", name, ARCHIVES)
-    target = Path(output) / member
+    entry = lookup("data set", name, DATA_SETS)
+    target = Path(output) / entry.member
     if target.exists():
         return target, True
-    archive = Path(output) / f"{name}.zip.partial"
+    is_archive = isinstance(entry, Archive)
+    partial = Path(output) / f"{name}.zip.partial" if is_archive else target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fetch(url, archive)
+        fetch(entry.url, partial)
     except (OSError, http.client.HTTPException) as error:
+        by_hand = f"unpack it so that {target} exists" if is_archive else f"put it at {target}"
         raise OSError(
-            f"{url}: cannot be fetched ({error or type(error).__name__}); run this again to go on, or fetch it"
-            f" elsewhere and unpack it so that {target} exists"
+            f"{entry.url}: cannot be fetched ({error or type(error).__name__}); run this again to go on, or fetch it"
+            f" elsewhere and {by_hand}"
         ) from error
     try:
-        unpack(archive, member, target)
+        if is_archive:
+            unpack(partial, entry.member, target)
+        else:
+            put(partial, target)
     except ValueError as error:
-        archive.unlink()  # going on from it would fail in the same way
+        partial.unlink()  # going on from it would fail in the same way
         raise ValueError(f"{error}; it was removed, run this again to start afresh") from error
-    archive.unlink()
+    partial.unlink(missing_ok=True)
     return target, False
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m policy.dataset.download", description=__doc__.split("\n")[0])
-    parser.add_argument("name", help=f"which one: {', '.join(ARCHIVES)}")
+    parser.add_argument("name", help=f"which one: {', '.join(DATA_SETS)}")
     parser.add_argument("--output", type=Path, default=Path("data"), help="folder of the data sets, default: data")
     args = parser.parse_args(argv)
     try:
@@ -146,6 +180,9 @@ def main(argv=None):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"already there: {path}" if present else f"wrote {path}")
+    if isinstance(DATA_SETS[args.name], Hdf5):
+        images = path.with_name(path.name.replace("demo", "image"))
+        print(f"it holds no images; to render them: python -m envs.robomimic_images {path} {images}")
 
 
 if __name__ == "__main__":
