@@ -7,66 +7,45 @@ Protocol of Diffusion Policy (arXiv 2303.04137): test seeds from 100000; an epis
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from envs import make_env
+from envs.workers import open_slots
 from eval.command import command
 from eval.intervals import mean_interval, rate_interval
 from eval.video import write_grid
 from policy.checkpoint import load_policy
 
-# Kernels round differently for different batch sizes, and for rows at the end of a batch, and contacts amplify that.
-# Every policy call therefore has this many rows (free ones repeat another), and an episode always has the same one.
-POLICY_BATCH = 25
-NUM_ENVS = 50
 
+class Running:
+    """A running episode as the policy needs it: what it sees, and a noise generator of its own."""
 
-class Episode:
-    """One running episode: environment, the last To observations, and a noise generator of its own."""
-
-    def __init__(self, env, seed, obs_steps, film):
-        self.env, self.seed, self.obs_steps = env, seed, obs_steps
+    def __init__(self, seed):
+        self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
-        env.reset(seed)
-        self.history = [env.observe()] * obs_steps
-        self.rewards, self.success, self.done = [], False, False
-        self.info = {}
-        self.frames = [env.frame()] if film else None
-        self.running = [0.0]
-
-    def execute(self, actions):
-        """Carry out ``actions`` (Ta, Da), observing only the steps that the next policy call sees."""
-        for number, action in enumerate(actions):
-            reward, self.done, self.info = self.env.step(action)
-            self.rewards.append(reward)
-            self.running.append(max(self.rewards))
-            self.success |= self.info["success"]
-            if self.frames is not None:
-                self.frames.append(self.env.frame())
-            if self.done:
-                return
-            if number >= len(actions) - self.obs_steps:
-                self.history = [*self.history[1:], self.env.observe()]
-
-    def row(self):
-        """What summary.json tells of this episode."""
-        return {
-            "seed": self.seed,
-            "score": max(self.rewards),
-            "success": bool(self.success),
-            "steps": len(self.rewards),
-        }
+        self.observation = None  # {key: (To, ...)}
 
 
-def _act(policy, episodes, num_inference_steps):
-    """Action chunks (Ta, Da) for each of ``episodes``, in calls of POLICY_BATCH rows; the seed decides on the row."""
+def _stack(values):
+    """Tensor (B, To, ...) of B arrays (To, ...), the channels of an image's pixel side by side in memory.
+
+    Simulators draw them so, but a pipe between processes does not keep the order, on which rounding depends.
+    """
+    stacked = np.stack(values)
+    if stacked.ndim == 5:  # (B, To, C, h, w)
+        stacked = np.ascontiguousarray(stacked.transpose(0, 1, 3, 4, 2)).transpose(0, 1, 4, 2, 3)
+    return torch.from_numpy(stacked)
+
+
+def _act(policy, episodes, batch, num_inference_steps):
+    """Action chunks (Ta, Da) for each of ``episodes``, in calls of ``batch`` rows; the seed decides on the row."""
     calls = []  # {row: episode}
     for episode in episodes:
-        row = episode.seed % POLICY_BATCH
+        row = episode.seed % batch
         free = next((call for call in calls if row not in call), None)
         if free is None:
             calls.append(free := {})
@@ -74,44 +53,53 @@ def _act(policy, episodes, num_inference_steps):
     chunks = {}
     for call in calls:
         filler = next(iter(call.values()))
-        rows = [call.get(row, filler) for row in range(POLICY_BATCH)]
-        generators = [call[row].generator if row in call else torch.Generator() for row in range(POLICY_BATCH)]
-        obs = {key: np.stack([np.stack([o[key] for o in e.history]) for e in rows]) for key in filler.history[0]}
-        obs = {key: torch.from_numpy(value) for key, value in obs.items()}
+        rows = [call.get(row, filler).observation for row in range(batch)]
+        generators = [call[row].generator if row in call else torch.Generator() for row in range(batch)]
+        obs = {key: _stack([row[key] for row in rows]) for key in filler.observation}
         actions = policy.act(obs, generator=generators, num_inference_steps=num_inference_steps).cpu().numpy()
         chunks |= {episode.seed: actions[row] for row, episode in call.items()}
     return [chunks[episode.seed] for episode in episodes]
 
 
-def rollout(policy, env_options, *, episodes, seed, num_envs=NUM_ENVS, videos=0, num_inference_steps=None):
-    """Run ``episodes`` episodes with seeds from ``seed`` on, ``num_envs`` at a time; the result does not depend on it.
+def rollout(
+    policy, env_options, *, episodes, seed, num_envs=50, workers=0, videos=0, num_inference_steps=None, batch=25
+):
+    """Run ``episodes`` episodes with seeds from ``seed`` on, ``num_envs`` at a time, in ``workers`` processes.
 
+    The result depends on neither number, nor on workers that die. It does on ``batch``, the rows of a policy call:
+    kernels round differently for different batch sizes, and for rows at the end of a batch, and contacts amplify that.
+    Every call therefore has as many rows (free ones repeat another), and an episode always has the same one.
     env_options: {"name": ..., options} for ``envs.make_env``; videos: how many episodes are filmed.
     Returns (summary as in summary.json, filmed episodes for ``eval.video.write_grid``).
     """
-    if episodes < 1 or num_envs < 1:
-        raise ValueError(f"episodes, num_envs: got {episodes}, {num_envs}, allowed: both >= 1")
-    waiting = list(range(seed, seed + episodes))
-    idle = [make_env(**env_options) for _ in range(min(num_envs, episodes))]
-    running, finished = [], []
-    with tqdm(total=episodes, desc="rollouts", unit="episode", leave=False, dynamic_ncols=True) as bar:
+    if min(episodes, num_envs, batch) < 1:
+        raise ValueError(f"episodes, num_envs, batch: got {episodes}, {num_envs}, {batch}, allowed: all >= 1")
+    waiting, idle = list(range(seed, seed + episodes)), list(range(min(num_envs, episodes)))
+    running, finished = {}, []  # {slot: Running}; reports
+    slots = open_slots(
+        env_options, slots=len(idle), workers=workers, obs_steps=policy.obs_steps, keys=policy.encoder.shapes
+    )
+    with slots, tqdm(total=episodes, desc="rollouts", unit="episode", leave=False, dynamic_ncols=True) as bar:
         while waiting or running:
-            while waiting and idle:
-                number = waiting.pop(0)
-                running.append(Episode(idle.pop(), number, policy.obs_steps, film=number - seed < videos))
-            for episode, actions in zip(running, _act(policy, running, num_inference_steps), strict=True):
-                episode.execute(actions)
-            for episode in [e for e in running if e.done]:
-                running.remove(episode)
-                idle.append(episode.env)
-                finished.append(episode)
-                bar.update()
-    finished.sort(key=lambda e: e.seed)
-    return summarize([e.row() for e in finished]), [_film(e) for e in finished if e.frames]
-
-
-def _film(episode):
-    return {"frames": episode.frames, "score": episode.running, "seed": episode.seed, "success": episode.success}
+            chunks = _act(policy, running.values(), batch, num_inference_steps)
+            commands = {slot: ("execute", chunk) for slot, chunk in zip(running, chunks, strict=True)}
+            while waiting and idle:  # in the same round, so that a slow reset holds nobody up
+                slot, number = idle.pop(), waiting.pop(0)
+                running[slot] = Running(number)
+                commands[slot] = ("reset", number, number - seed < videos)
+            for slot, report in slots.run(commands).items():
+                if report is None:  # its worker died: the episode starts again, with its noise
+                    waiting.insert(0, running.pop(slot).seed)
+                    idle.append(slot)
+                elif report.row is None:
+                    running[slot].observation = report.observation
+                else:
+                    finished.append(report)
+                    del running[slot]
+                    idle.append(slot)
+                    bar.update()
+    finished.sort(key=lambda report: report.row["seed"])
+    return summarize([report.row for report in finished]), [report.film for report in finished if report.film]
 
 
 def summarize(rows):
@@ -140,7 +128,9 @@ def main(argv=None):
     parser.add_argument("--checkpoint", required=True, help="run folder or .safetensors file")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--seed", type=int, default=100_000, help="first of consecutive test seeds")
-    parser.add_argument("--num-envs", type=int, default=NUM_ENVS, help="environments at a time")
+    parser.add_argument("--num-envs", type=int, help="environments at a time, default as in training")
+    parser.add_argument("--workers", type=int, help="processes that hold them, 0: this one; default as in training")
+    parser.add_argument("--batch", type=int, help="rows of a policy call, default as in training")
     parser.add_argument("--videos", type=int, default=9, help="episodes to film")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps, default as trained")
     parser.add_argument("--action-steps", type=int, default=None, help="executed steps of a chunk, default as trained")
@@ -152,18 +142,24 @@ def main(argv=None):
     policy = load_policy(args.checkpoint, args.device)
     if args.action_steps is not None:
         policy.set_action_steps(args.action_steps)
+    given = {"num_envs": args.num_envs, "workers": args.workers, "batch": args.batch}
+    trained = policy.config.get("rollout", {})
+    loop = {key: trained[key] for key in given if key in trained}
+    loop |= {key: value for key, value in given.items() if value is not None}
+    start = time.perf_counter()
     summary, films = rollout(
         policy,
         policy.config["task"]["env"],
         episodes=args.episodes,
         seed=args.seed,
-        num_envs=args.num_envs,
         videos=args.videos,
         num_inference_steps=args.steps,
+        **loop,
     )
+    speed = sum(row["steps"] for row in summary["episodes"]) / (time.perf_counter() - start)
     output = args.output or Path("rollouts") / Path(args.checkpoint).stem
     write_results(output, {"checkpoint": str(args.checkpoint), **summary}, films)
-    print(describe(summary))
+    print(f"{describe(summary)}, {speed:.0f} environment steps/s")
     print(f"wrote {output}/summary.json" + (f" and {output}/rollout.mp4" if films else ""))
 
 

@@ -3,75 +3,46 @@
 import itertools
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import tiny
 import torch
+from fake_env import MADE, FakeEnv
 
 import envs
 from envs.pusht import PushT
 from eval import rollout as module
 from eval.intervals import Z95, mean_interval, rate_interval
-from eval.rollout import POLICY_BATCH, describe, main, rollout, summarize, write_results
+from eval.rollout import describe, main, rollout, summarize, write_results
 from eval.video import GAP, write_grid
 from policy.build import build_model
 from policy.checkpoint import save_checkpoint
 
-MADE = []  # environments of the running test
-
-
-class FakeEnv:
-    """Chaotic in its actions, so that one different bit shows; observations tell (seed, step). Lengths vary by seed."""
-
-    def __init__(self, *, length=None, images=False):
-        self.length, self.images = length, images
-        self.observed, self.framed, self.seeds, self.actions = [], 0, [], []
-        MADE.append(self)
-
-    def reset(self, seed):
-        self.seed, self.steps = seed, 0
-        self.end = self.length or 3 + 7 * seed % 11
-        self.x = np.random.default_rng(seed).uniform(0.2, 0.8, 2)
-        self.seeds.append(seed)
-        self.actions.append([])
-
-    def observe(self):
-        self.observed.append((self.seed, self.steps))
-        obs = {"agent_pos": np.array([self.seed % 1000, self.steps], np.float32)}
-        if self.images:
-            obs["image"] = np.random.default_rng([self.seed, self.steps]).integers(0, 256, (3, 12, 12), dtype=np.uint8)
-        return obs
-
-    def step(self, action):
-        assert action.shape == (2,) and np.isfinite(action).all()
-        self.actions[-1].append(np.array(action))
-        self.steps += 1
-        self.x = (3.99 * self.x * (1 - self.x) + 0.1 * np.asarray(action, np.float64)) % 1.0
-        return float(self.x[0]), self.steps >= self.end, {"success": self.steps == 2 and self.seed % 3 == 0}
-
-    def frame(self, size=32):
-        self.framed += 1
-        return np.full((size, size, 3), 20 * self.steps % 256, np.uint8)
+BATCH = 25  # rows of a policy call by default
 
 
 @pytest.fixture(autouse=True)
 def fake_environment(monkeypatch):
-    monkeypatch.setitem(envs.ENVIRONMENTS, "fake", f"{__name__}:FakeEnv")
+    monkeypatch.setitem(envs.ENVIRONMENTS, "fake", "fake_env:FakeEnv")
     MADE.clear()
 
 
 class Recorder:
     """A policy that notes what it sees and returns actions that name the row's seed and step."""
 
-    def __init__(self, obs_steps, action_steps):
-        self.obs_steps, self.action_steps = obs_steps, action_steps
+    def __init__(self, obs_steps, action_steps, batch=BATCH):
+        self.obs_steps, self.action_steps, self.batch = obs_steps, action_steps, batch
+        self.encoder = SimpleNamespace(shapes={"agent_pos": (2,)})
         self.seen, self.draws, self.asked = [], {}, []
 
     def act(self, obs, *, generator, num_inference_steps):
         place = obs["agent_pos"]
-        assert place.shape == (POLICY_BATCH, self.obs_steps, 2) and len(generator) == POLICY_BATCH
+        assert set(obs) == {"agent_pos"}
+        assert place.shape == (self.batch, self.obs_steps, 2) and len(generator) == self.batch
         self.asked.append(num_inference_steps)
         now, drawn = set(), []
         for row, one in zip(place, generator, strict=True):
@@ -84,7 +55,7 @@ class Recorder:
             drawn.append((seed, number))
         for seed in now:
             self.draws.setdefault(seed, []).append([number for s, number in drawn if s == seed])
-        offsets = torch.arange(self.action_steps)[None, :, None].expand(POLICY_BATCH, -1, 1)
+        offsets = torch.arange(self.action_steps)[None, :, None].expand(self.batch, -1, 1)
         return torch.cat([place[:, -1:, :1].expand_as(offsets), place[:, -1:, 1:] + offsets], dim=2)
 
 
@@ -177,7 +148,7 @@ def test_scores_follow_from_the_rewards():
 def test_results_do_not_depend_on_the_number_of_environments(images):
     """Bit for bit, in an environment that doubles every difference with each step."""
     policy = tiny_policy(images=images, sampler="ddpm")
-    run = {"episodes": 2 + POLICY_BATCH if not images else 9, "seed": 100, "num_inference_steps": 2}
+    run = {"episodes": 2 + BATCH if not images else 9, "seed": 100, "num_inference_steps": 2}
     expected, _ = rollout(policy, {"name": "fake", "images": images}, num_envs=1, **run)
     assert len({row["score"] for row in expected["episodes"]}) == run["episodes"]
     for num_envs in (3, 7, 50):
@@ -194,16 +165,29 @@ def test_an_episode_gets_the_same_actions_in_any_company():
     policy = tiny_policy(model={"denoiser": denoiser})
 
     def actions(seeds):
-        episodes = [module.Episode(FakeEnv(), seed, 2, film=False) for seed in seeds]
-        return dict(zip(seeds, module._act(policy, episodes, 10), strict=True))
+        episodes = [module.Running(seed) for seed in seeds]
+        for episode in episodes:
+            episode.observation = {"agent_pos": np.array([[episode.seed, 0], [episode.seed, 1]], np.float32)}
+        return dict(zip(seeds, module._act(policy, episodes, BATCH, 10), strict=True))
 
-    seeds = list(range(40, 40 + 2 * POLICY_BATCH))
+    seeds = list(range(40, 40 + 2 * BATCH))
     expected = actions(seeds)
     rng = np.random.default_rng(0)
     for _ in range(8):
         some = [int(seed) for seed in rng.choice(seeds, rng.integers(1, len(seeds)), replace=False)]
         for seed, chunk in actions(some).items():
             assert np.array_equal(chunk, expected[seed])
+
+
+def test_images_have_one_order_in_memory():
+    """That of the simulators' pixels, whether they came through a pipe or not; convolutions round by it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 2, 6, 4, 3), dtype=np.uint8)
+    drawn = list(pixels.transpose(0, 1, 4, 2, 3))
+    for values in (drawn, [np.ascontiguousarray(value) for value in drawn]):
+        stacked = module._stack(values)
+        np.testing.assert_array_equal(stacked.numpy(), np.stack(drawn), strict=True)
+        assert stacked.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert module._stack([np.zeros((2, 3))] * 4).is_contiguous()
 
 
 def test_options_of_a_rollout_matter():
@@ -217,12 +201,43 @@ def test_options_of_a_rollout_matter():
     assert other[:2] == expected["episodes"][1:]
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+def test_rows_of_a_policy_call(batch):
+    """An episode has row seed % batch, whoever else runs; those that want the same row go into another call."""
+    policy = Recorder(2, 4, batch)
+    summary, _ = rollout(policy, {"name": "fake"}, episodes=7, seed=30, num_envs=7, batch=batch)
+    assert summary == rollout(Recorder(2, 4), {"name": "fake"}, episodes=7, seed=30)[0]
+    generator = torch.Generator().manual_seed(33)
+    for numbers in policy.draws[33]:
+        assert torch.rand((), generator=generator).item() in numbers
+    config = tiny_policy(sampler="ddpm")
+    expected, _ = rollout(config, {"name": "fake"}, episodes=7, seed=30, batch=batch)
+    assert rollout(config, {"name": "fake"}, episodes=7, seed=30, num_envs=2, batch=batch)[0] == expected
+
+
 def test_rollout_errors():
-    for episodes, num_envs in ((0, 5), (5, 0)):
-        with pytest.raises(ValueError, match=f"episodes, num_envs: got {episodes}, {num_envs}, allowed: both >= 1"):
-            rollout(Recorder(2, 4), {"name": "fake"}, episodes=episodes, seed=0, num_envs=num_envs)
-    with pytest.raises(ValueError, match="task.env.name: got 'unreal', allowed: fake, pusht"):
+    for wrong in ({"episodes": 0}, {"num_envs": 0}, {"batch": 0}):
+        numbers = {"episodes": 5, "num_envs": 5, "batch": 5} | wrong
+        got = ", ".join(map(str, numbers.values()))
+        with pytest.raises(ValueError, match=f"episodes, num_envs, batch: got {got}, allowed: all >= 1"):
+            rollout(Recorder(2, 4), {"name": "fake"}, seed=0, **numbers)
+    with pytest.raises(ValueError, match="workers: got -1, allowed: >= 0"):
+        rollout(Recorder(2, 4), {"name": "fake"}, episodes=1, seed=0, workers=-1)
+    with pytest.raises(ValueError, match="task.env.name: got 'unreal', allowed: fake, pusht.* or module:attribute"):
         rollout(Recorder(2, 4), {"name": "unreal"}, episodes=1, seed=0)
+    policy = Recorder(2, 4)
+    policy.encoder.shapes["wrist"] = (3, 8, 8)
+    with pytest.raises(ValueError, match="task.shape_meta.obs: got wrist, allowed here: agent_pos, unseen"):
+        rollout(policy, {"name": "fake"}, episodes=1, seed=0)
+
+
+def test_environments_of_this_process_are_closed(tmp_path):
+    rollout(Recorder(2, 4), {"name": "fake", "log": tmp_path / "a"}, episodes=5, seed=0, num_envs=2)
+    assert (tmp_path / "a").read_text().count("close") == 2
+    trouble = {"kind": "raise", "seed": 1, "step": 2}
+    with pytest.raises(ValueError, match="action: got seed 1"):
+        rollout(Recorder(2, 4), {"name": "fake", "log": tmp_path / "b", "trouble": trouble}, episodes=5, seed=0)
+    assert (tmp_path / "b").read_text().count("close") == (tmp_path / "b").read_text().count("made") > 0
 
 
 def test_pusht_by_hand():
@@ -246,10 +261,10 @@ def test_pusht_by_hand():
         while not done:
             obs = {key: np.stack([look[key] for look in looks[-2:]])[None] for key in looks[-1]}
             # All rows alike, so that rounding is that of the rollout.
-            obs = {key: np.repeat(value, POLICY_BATCH, axis=0) for key, value in obs.items()}
-            generators = [torch.Generator() for _ in range(POLICY_BATCH)]
-            generators[row["seed"] % POLICY_BATCH] = generator
-            for action in policy.act(obs, generator=generators)[row["seed"] % POLICY_BATCH].numpy():
+            obs = {key: np.repeat(value, BATCH, axis=0) for key, value in obs.items()}
+            generators = [torch.Generator() for _ in range(BATCH)]
+            generators[row["seed"] % BATCH] = generator
+            for action in policy.act(obs, generator=generators)[row["seed"] % BATCH].numpy():
                 reward, done, _ = world.step(action)
                 rewards.append(reward)
                 looks.append(world.observe())
@@ -390,6 +405,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert set(summary["episodes"][0]) >= {"seed", "score", "success", "steps"}
     printed = capsys.readouterr().out
     assert describe(expected) in printed and f"wrote {tmp_path / 'out'}/summary.json" in printed
+    assert re.search(r"over 3 episodes, [1-9]\d* environment steps/s\n", printed)
     assert decode(tmp_path / "out" / "rollout.mp4").shape[1:] == (32, 32, 3)
     monkeypatch.chdir(tmp_path)
     main(["--checkpoint", str(checkpoint), *shared, "--videos", "0", "--steps", "2", "--output", "two"])
@@ -401,6 +417,26 @@ def test_command(tmp_path, capsys, monkeypatch):
     policy.action_steps = 1
     closer, _ = rollout(policy, {"name": "fake"}, episodes=3, seed=100)
     assert one["episodes"] == closer["episodes"] != expected["episodes"]
+
+
+def test_command_takes_the_loop_of_the_training_run(tmp_path, monkeypatch):
+    """Unless it is told otherwise; checkpoints of older runs lack some or all of it."""
+    seen = {}
+    empty = {"score_ci95": (0, 0), "success_ci95": (0, 0), "score_mean": 0, "success_rate": 0, "episodes": []}
+    monkeypatch.setattr(module, "rollout", lambda policy, env, **options: seen.update(options) or (empty, []))
+    weights = {f"ema.{name}": tensor for name, tensor in tiny_policy().state_dict().items()}
+    loop = {"num_envs": 3, "workers": 2, "batch": 5}
+    for stored, arguments, expected in (
+        ({"rollout": {"episodes": 9, "seed": 1, "videos": 1, **loop}}, [], loop),
+        ({"rollout": loop}, ["--workers", "0", "--num-envs", "4"], {"num_envs": 4, "workers": 0, "batch": 5}),
+        ({"rollout": {"num_envs": 3}}, ["--batch", "7"], {"num_envs": 3, "batch": 7}),
+        ({}, [], {}),
+    ):
+        save_checkpoint(tmp_path / "a.safetensors", weights, config=tiny.policy_config() | stored, state={"step": 1})
+        seen.clear()
+        main(["--checkpoint", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "out"), *arguments])
+        assert {key: seen[key] for key in loop if key in seen} == expected
+        assert seen["episodes"] == 50 and seen["seed"] == 100_000 and seen["videos"] == 9
 
 
 def test_command_errors(tmp_path, capsys, monkeypatch):
