@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 
 POSITION_UNIT, ROTATION_UNIT = 0.05, 0.5  # m and rad of a full action, OSC_POSE's output range
 OPEN, CLOSED = -1.0, 1.0
+TASKS = {"lift": "Lift", "can": "PickPlaceCan"}  # robomimic's names: robosuite's
 NOISE = 0.05  # standard deviation of every position action; rotation and grasping have 0.3 of it
 SETTLED = 5  # steps that success must hold before an episode ends
 DOWN = np.array([0.0, 0.0, -1.0])
@@ -44,6 +45,15 @@ class Expert:
             self.detour_steps = 0
             self.offset = self.rng.uniform(-0.004, 0.004, 3) * [1, 1, 0.5] + [0, 0, 0.01 * self.can]
 
+    def resume(self, low_dim):
+        """Go on after a push: with what is still in the hand, else from above."""
+        hand, thing = low_dim["robot0_eef_pos"], low_dim[f"{self.thing}_pos"]
+        if self.phase not in ("grasp", "raise", "carry", "lower") or np.linalg.norm(hand - thing) > 0.04:
+            self.enter("hover")
+        else:
+            self.lift_to = np.append(hand[:2], self.grasp_at[2] + self.lift)
+            self.enter("raise")
+
     def act(self, low_dim):
         """The next action: position and rotation deltas in [-1, 1], then the gripper."""
         hand, thing = low_dim["robot0_eef_pos"], low_dim[f"{self.thing}_pos"]
@@ -69,6 +79,8 @@ class Expert:
 
     def _descend(self, hand, thing, yaw):
         goal = thing + self.offset
+        if self.lies:  # it is rounder there, and slips out of a grip above its middle
+            goal[2] -= 0.015
         goal[2] = max(goal[2], 0.812)  # the table of Lift stands at 0.8 m
         away = goal - hand
         if (np.hypot(*away[:2]) < 0.01 and abs(away[2]) < 0.008) or self.steps >= 40:
@@ -112,18 +124,26 @@ class Expert:
         return self.release_at, OPEN
 
     def _retreat(self, hand, thing, yaw):
+        if self.steps >= 40:  # it lies in the wrong place
+            self.enter("hover")
         return self.release_at + [0, 0, 0.15], OPEN
 
     # Rotation ---------------------------------------------------------------------------------------------------
 
     def _yaw_error(self, low_dim):
-        """Angle (rad) about the vertical from the finger axis to the nearest side of the cube; 0 for a can."""
-        if self.can:
+        """Angle (rad) about the vertical from the finger axis to where it should be, 0 for a can that stands.
+
+        That is the nearest side of the cube, or across a can that lies: its length just fits between the fingers.
+        """
+        turn = np.pi if self.can else np.pi / 2  # symmetry
+        thing = Rotation.from_quat(low_dim[f"{self.thing}_quat"]).as_matrix()
+        side = np.cross([0, 0, 1], thing[:, 2]) if self.can else thing[:, 0]
+        self.lies = self.can and np.hypot(*side[:2]) > 0.5
+        if self.can and not self.lies:
             return 0.0
         fingers = Rotation.from_quat(low_dim["robot0_eef_quat"]).as_matrix()[:, 1]
-        side = Rotation.from_quat(low_dim["cube_quat"]).as_matrix()[:, 0]
         angle = np.arctan2(side[1], side[0]) - np.arctan2(fingers[1], fingers[0]) + self.yaw_offset
-        return (angle + np.pi / 4) % (np.pi / 2) - np.pi / 4
+        return (angle + turn / 2) % turn - turn / 2
 
     def _rotation(self, low_dim, yaw):
         """Rotation action (3,) towards a gripper that points straight down, turned by ``yaw``."""
@@ -172,14 +192,21 @@ def run_episode(env, seed, *, recovery=False):
 
 
 def _push(env, expert, rng, *, steps):
-    """Let the expert work for ``steps``, then move it away for up to ten, dropping what it holds half of the time."""
+    """Let the expert work for ``steps``, then move it away for up to ten; half of the time it drops what it holds.
+
+    A can is dropped inside its bin only: elsewhere it would fall to where the arm cannot reach. A cube that the push
+    left lifted is dropped as well, as nothing would be left to do.
+    """
     for _ in range(steps):
         action = expert.act(env.low_dim())
         if env.step(action)[0]:  # done before the push came
             break
     direction = np.append(rng.uniform(-1, 1, 2), rng.uniform(-0.3, 1))
     turn = rng.uniform(-0.4, 0.4, 3)
-    gripper = rng.choice([action[-1] if steps else OPEN, OPEN])
+    keep = rng.random() < 0.5 or (expert.can and expert.phase not in ("grasp", "raise"))
+    gripper = action[-1] if steps and keep else OPEN
     for _ in range(rng.integers(3, 11)):
         env.step(np.concatenate([direction, turn, [gripper]]))
-    expert.enter("hover")
+    for _ in range(10 * env.success):
+        env.step(np.concatenate([np.zeros(6), [OPEN]]))
+    expert.resume(env.low_dim())

@@ -6,6 +6,10 @@ way up, object state under "object", sparse reward, states as flattened MuJoCo s
 
 import contextlib
 import io
+import re
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -24,7 +28,8 @@ class RobosuiteEnv:
     actions: "absolute": (10 an arm) position 3 (m, world), 6-D rotation (arXiv 1812.07035, rows), gripper 1;
     "recorded": what the controller of env_args takes, 7 an arm. cameras: what ``observe`` draws, () for nothing;
     reflections: draw the 1 % mirror image in the floor, which doubles the time of every picture; None: as env_args
-    say, else True, as in the official files. The robosuite environment itself is at ``robosuite``.
+    say, else True, as in the official files. The robosuite environment itself is at ``robosuite``, its MuJoCo model,
+    as data sets keep it beside the states, at ``model_xml``.
 
     Raises ImportError without robosuite, OSError without OpenGL, ValueError for env_args that are not understood.
     """
@@ -41,8 +46,9 @@ class RobosuiteEnv:
         reflections=None,
         film_camera="agentview",
     ):
-        if (task is None) == (env_args is None) and (env_args or {}).get("env_name") != task:
-            raise ValueError(f"task, env_args: got {task!r} and {env_args!r}, allowed: one, or the same task in both")
+        recorded = None if env_args is None else env_args.get("env_name")
+        if (task or recorded) is None or (task and recorded and task != recorded):
+            raise ValueError(f"task, env_args: got {task!r} and those of {recorded!r}, allowed: one, or the same twice")
         if max_steps < 1:
             raise ValueError(f"max_steps: got {max_steps}, allowed: >= 1")
         self.robosuite = None
@@ -65,10 +71,15 @@ class RobosuiteEnv:
                 f"env_args: got {env_args['env_name']} of version {env_args.get('env_version')}, which robosuite"
                 f" {self.version} does not build ({error})"
             ) from error
-        unknown = [name for name in (*cameras, film_camera) if name not in self.robosuite.sim.model.camera_names]
+        names = dict.fromkeys((*cameras, film_camera))
+        unknown = [name for name in names if name not in self.robosuite.sim.model.camera_names]
         if unknown:
-            raise ValueError(f"cameras: got {unknown}, allowed: {', '.join(self.robosuite.sim.model.camera_names)}")
+            allowed = ", ".join(self.robosuite.sim.model.camera_names)
+            self.close()
+            raise ValueError(f"cameras: got {unknown}, allowed: {allowed}")
         self.num_arms = len(self.robosuite.robots)
+        self.robosuite.reset()  # hides the marks of robosuite's sites, which a first ``reset_to`` would show
+        self.model_xml = self._model_xml()
         self.steps = 0
 
     # Episodes ------------------------------------------------------------------------------------------------
@@ -88,6 +99,23 @@ class RobosuiteEnv:
             raise ValueError(f"state: got shape {state.shape} or NaN, allowed: {size} finite numbers")
         self.robosuite.sim.set_state_from_flattened(state)
         self.robosuite.sim.forward()
+        self.steps = 0
+
+    def load_model(self, xml):
+        """Put a recording's ``model_xml`` in place of the model, until another is loaded; an episode has to follow.
+
+        Raises ValueError for one that the installed robosuite cannot build, after which only ``close`` is left.
+        """
+        self._make_current()  # what the old model had drawn with is freed in the current OpenGL context
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.robosuite.reset_from_xml_string(xml)
+        except (ValueError, KeyError, AttributeError, ElementTree.ParseError) as error:
+            raise ValueError(
+                f"model_file: got a model that robosuite {self.version} does not build ({error})"
+            ) from error
+        self.robosuite.sim.reset()
+        self.model_xml = xml
         self.steps = 0
 
     def step(self, action):
@@ -117,11 +145,6 @@ class RobosuiteEnv:
         """Flattened MuJoCo state (S,) float64: time, positions, velocities."""
         return self.robosuite.sim.get_state().flatten()
 
-    @property
-    def model_xml(self):
-        """The MuJoCo model, as data sets keep it beside the states."""
-        return self.robosuite.sim.model.get_xml()
-
     # Looking -------------------------------------------------------------------------------------------------
 
     def observe(self):
@@ -132,6 +155,7 @@ class RobosuiteEnv:
     def low_dim(self):
         """robosuite's low-dimensional observations, float64, with the object state under "object" as in robomimic."""
         self.robosuite.sim.forward()  # without it sites and bodies lag one physics step (2 ms) behind the state
+        self.robosuite._update_observables(force=True)  # sensors relative to another one read its value of before
         values = self.robosuite._get_observations(force_update=True)
         low_dim = {k: np.asarray(v, dtype=np.float64) for k, v in values.items() if not k.endswith("-state")}
         if "object-state" in values:
@@ -143,8 +167,7 @@ class RobosuiteEnv:
         import mujoco
 
         size = size or self.image_size
-        context = self.robosuite.sim._render_context_offscreen
-        context.gl_ctx.make_current()  # robosuite does so once: with two environments the last one made would draw
+        context = self._make_current()
         context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = int(self.reflections)
         return self.robosuite.sim.render(height=size, width=size, camera_name=camera)[::-1].copy()
 
@@ -155,8 +178,28 @@ class RobosuiteEnv:
     def close(self):
         """Free the simulator and its OpenGL context."""
         if self.robosuite is not None:
+            if getattr(self.robosuite, "sim", None) is not None:
+                self._make_current()
             self.robosuite.close()
             self.robosuite = None
+
+    def _model_xml(self):
+        """The MuJoCo model, without what differs between installations and processes.
+
+        MuJoCo can save only the model that it compiled last, and marks files that it has read before.
+        """
+        folder = Path(sys.modules["robosuite"].__file__).parent
+        xml = self.robosuite.sim.model.get_xml().replace(f'"{folder}/', '"robosuite/')
+        return re.sub(' content_type="[^"]*"', "", xml)
+
+    def _make_current(self):
+        """robosuite's render context, made the one that OpenGL works in: robosuite does so only when it is new.
+
+        With two environments the last one made would draw for both, and closing one would free what the other has.
+        """
+        context = self.robosuite.sim._render_context_offscreen
+        context.gl_ctx.make_current()
+        return context
 
 
 def _absolute(arm):

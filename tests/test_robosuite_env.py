@@ -1,0 +1,416 @@
+"""robosuite behind the common interface: seeding, drawing, actions, env_args of every generation, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("robosuite")
+
+from scipy.spatial.transform import Rotation  # noqa: E402
+
+from envs import robosuite_backend  # noqa: E402
+from envs.robomimic_expert import run_episode  # noqa: E402
+from envs.robosuite_env import CAMERAS, RobosuiteEnv  # noqa: E402
+from envs.robosuite_metadata import OSC_POSE, make_arguments, same_model, standard_env_args  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+ALONE = """
+import sys, numpy as np
+from envs.robosuite_env import RobosuiteEnv
+task, state, output = sys.argv[1:]
+env = RobosuiteEnv(task=task, actions="recorded")
+env.reset_to(np.load(state))
+np.savez(output, **{camera: env.image(camera) for camera in env.cameras}, xml=env.model_xml)
+env.close()
+"""
+
+
+def standard(task="Lift"):
+    return standard_env_args(task, version="1.5.2", cameras=CAMERAS, image_size=84)
+
+
+def old_style(task="Lift", *, version="1.4.1", delta=True, **changes):
+    """env_args as in the official files of robosuite 1.2 (offline_study) and 1.4."""
+    controller = {
+        key: value for key, value in OSC_POSE.items() if key not in ("input_type", "input_ref_frame", "gripper")
+    }
+    controller = controller | {"control_delta": delta, "kp": 150, "damping": 1} | changes
+    return {
+        "env_name": task,
+        "env_version": version,
+        "type": 1,
+        "env_kwargs": {
+            "has_renderer": False,
+            "has_offscreen_renderer": True,
+            "ignore_done": True,
+            "use_object_obs": True,
+            "use_camera_obs": True,
+            "control_freq": 20,
+            "controller_configs": controller,
+            "robots": ["Panda"],
+            "camera_depths": False,
+            "camera_heights": 84,
+            "camera_widths": 84,
+            "camera_names": ["agentview", "robot0_eye_in_hand"],
+            "reward_shaping": False,
+            "render_gpu_device_id": 0,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def make():
+    """Environments that are closed at the end."""
+    made = []
+
+    def build(*args, **options):
+        made.append(RobosuiteEnv(*args, **options))
+        return made[-1]
+
+    yield build
+    for env in made:
+        env.close()
+
+
+@pytest.fixture(scope="module")
+def lift(make):
+    return make(task="Lift", actions="recorded")
+
+
+@pytest.fixture(scope="module")
+def can(make, lift):
+    return make(task="PickPlaceCan", actions="recorded")
+
+
+@pytest.fixture(scope="module")
+def absolute(make):
+    return make(env_args=standard() | {"reflections": False}, task="Lift", max_steps=60)
+
+
+@pytest.fixture(scope="module")
+def episode(lift):
+    """One episode of the expert, of seed 3, with the goals (L, 10) that the controller had: world frame."""
+    goals, step = [], lift.robosuite.step
+
+    def noting(action):
+        result = step(action)
+        controller = lift.robosuite.robots[0].part_controllers["right"]
+        assert controller.input_ref_frame == "base"
+        position = controller.origin_pos + controller.origin_ori @ controller.goal_pos
+        rotation = controller.origin_ori @ controller.goal_ori
+        goals.append(np.concatenate([position, rotation[0], rotation[1], action[-1:]]))
+        return result
+
+    lift.robosuite.step = noting
+    try:
+        found = run_episode(lift, 3)
+    finally:
+        del lift.robosuite.step
+    return found | {"goals": np.stack(goals)}
+
+
+def picture(env, state):
+    env.reset_to(state)
+    return {camera: env.image(camera) for camera in CAMERAS}
+
+
+# Seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_state_whatever_ran_before(lift, absolute, can):
+    states = []
+    for env in (lift, absolute):
+        for history in ((), (1, 2)):
+            for seed in history:
+                env.reset(seed)
+                env.step(np.zeros(7) if env is lift else np.array([0, 0, 1, 1, 0, 0, 0, -1, 0, 1.0]))
+            env.reset(100000)
+            states.append(env.state)
+    assert all(np.array_equal(state, states[0]) for state in states)
+    lift.reset(100001)
+    assert np.abs(lift.state - states[0])[1:].max() > 0.01
+    can.reset(7)
+    first = can.state
+    can.reset(8)
+    assert not np.array_equal(can.state, first)
+    can.reset(7)
+    assert np.array_equal(can.state, first)
+
+
+def test_reset_to_restores_a_state(can):
+    can.reset(1)
+    state, expected = can.state, can.low_dim()
+    for _ in range(5):
+        can.step(np.full(7, 0.5))
+    moved = can.low_dim()
+    assert np.abs(moved["robot0_eef_pos"] - expected["robot0_eef_pos"]).max() > 0.01
+    can.reset_to(state)
+    found = can.low_dim()
+    for key in expected:
+        if "acc" not in key:
+            np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=1e-9, err_msg=key)
+    # the relative pose is of this state, not of the one before
+    hand = Rotation.from_quat(found["robot0_eef_quat"]).as_matrix()
+    relative = hand.T @ (found["Can_pos"] - found["robot0_eef_pos"])
+    np.testing.assert_allclose(found["Can_to_robot0_eef_pos"], relative, atol=1e-6)
+    assert found["object"].shape == (14,)
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(lift, can, tmp_path_factory):
+    """{task: (state, pictures and XML drawn by a process with nothing else in it, its output)}."""
+    folder, found = tmp_path_factory.mktemp("alone"), {}
+    environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+    for env in (lift, can):
+        env.reset(5)
+        task = env.env_args["env_name"]
+        np.save(folder / "state.npy", env.state)
+        command = [sys.executable, "-c", ALONE, task, folder / "state.npy", folder / f"{task}.npz"]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        found[task] = env.state, dict(np.load(folder / f"{task}.npz")), result.stdout + result.stderr
+    return found
+
+
+def test_two_environments_draw_their_own_pictures(lift, can, alone):
+    """Also: no marks of robosuite's sites are seen before the first reset, as the other process did none."""
+    (lift_state, lift_alone, _), (can_state, can_alone, _) = alone["Lift"], alone["PickPlaceCan"]
+    for _ in range(2):
+        for camera in CAMERAS:
+            lift.reset_to(lift_state)
+            can.reset_to(can_state)
+            np.testing.assert_array_equal(lift.image(camera), lift_alone[camera])
+            np.testing.assert_array_equal(can.image(camera), can_alone[camera])
+    assert lift_alone["agentview"].shape == (84, 84, 3)
+    assert lift.model_xml == str(lift_alone["xml"]) and can.model_xml == str(can_alone["xml"])
+    assert str(ROOT.anchor) + "root" not in lift.model_xml and 'file="robosuite/models/' in lift.model_xml
+
+
+def test_closing_an_environment_leaves_the_others_their_pictures(lift, can, alone):
+    state, expected, _ = alone["PickPlaceCan"]
+    other = RobosuiteEnv(task="Lift", actions="recorded", image_size=32)
+    other.reset(0)
+    assert other.frame(64).shape == (64, 64, 3)
+    picture(can, state)
+    other.close()
+    other.close()
+    np.testing.assert_array_equal(picture(can, state)["agentview"], expected["agentview"])
+
+
+def test_reflections_change_the_picture(lift, absolute, alone):
+    state, expected, _ = alone["Lift"]
+    assert lift.reflections is True and absolute.reflections is False
+    plain = picture(absolute, state)["agentview"]
+    difference = np.abs(plain.astype(int) - expected["agentview"])
+    assert 0 < difference.max() < 40 and difference.mean() < 2
+
+
+def test_observations(lift):
+    lift.reset(0)
+    obs = lift.observe()
+    assert obs["agentview_image"].shape == (3, 84, 84) and obs["agentview_image"].dtype == np.uint8
+    np.testing.assert_array_equal(obs["agentview_image"].transpose(1, 2, 0), lift.image("agentview"))
+    assert obs["object"].shape == (10,) and obs["object"].dtype == np.float32
+    image = obs["agentview_image"].astype(int)
+    cube = (image[0] > 90) & (image[0] > 2 * image[1])  # the red cube lies below the middle: the right way up
+    assert cube.sum() > 5 and np.argwhere(cube)[:, 0].mean() > 42
+    assert lift.frame(48).shape == (48, 48, 3)
+
+
+def test_load_model_changes_the_model_only(lift, alone):
+    state, expected, _ = alone["Lift"]
+    xml = lift.model_xml
+    lift.load_model(xml)
+    difference = np.abs(picture(lift, state)["agentview"].astype(int) - expected["agentview"])
+    assert difference.mean() < 0.05
+    geom = next(line for line in xml.splitlines() if 'name="cube_g0_vis"' in line)
+    size = geom.split('size="')[1].split('"')[0]
+    larger = " ".join(str(2 * float(value)) for value in size.split())
+    try:
+        lift.load_model(xml.replace(geom, geom.replace(f'size="{size}"', f'size="{larger}"')))
+        assert np.abs(picture(lift, state)["agentview"].astype(int) - expected["agentview"]).mean() > 0.2
+        np.testing.assert_array_equal(lift.state, state)
+        assert lift.low_dim()["object"].shape == (10,)
+    finally:
+        lift.load_model(xml)
+    assert np.abs(picture(lift, state)["agentview"].astype(int) - expected["agentview"]).mean() < 0.05
+    lift.reset(5)
+    np.testing.assert_allclose(lift.state, state, rtol=0, atol=1e-9)
+
+
+# Actions ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_absolute_action_reaches_its_pose(absolute):
+    absolute.reset(0)
+    start = absolute.low_dim()
+    rotation = Rotation.from_rotvec([0.15, -0.1, 0.5]) * Rotation.from_quat(start["robot0_eef_quat_site"])
+    position = start["robot0_eef_pos"] + [0.06, 0.08, 0.05]
+    first, second = rotation.as_matrix()[:2]
+    # lengths and angle of the rows do not matter
+    action = np.concatenate([position, 1.3 * first, 0.8 * second + 0.2 * first, [-1]])
+    for _ in range(30):
+        reward, done, info = absolute.step(action)
+        assert (reward, done, info) == (0.0, False, {"success": False})
+    end = absolute.low_dim()
+    assert np.abs(end["robot0_eef_pos"] - position).max() < 0.01
+    error = (Rotation.from_quat(end["robot0_eef_quat_site"]) * rotation.inv()).magnitude()
+    assert np.degrees(error) < 3
+    for _ in range(30):
+        done = absolute.step(action)[1]
+    assert done  # max_steps
+
+
+def test_goals_of_the_delta_controller_lift_the_cube_as_absolute_actions(absolute, episode):
+    assert episode["success"]
+    absolute.reset_to(episode["states"][0])
+    for goal in episode["goals"]:
+        reward, done, info = absolute.step(goal)
+    assert reward == 1.0 and done and info["success"]
+
+
+def test_old_and_new_metadata_move_alike(make, episode):
+    env = make(env_args=old_style(), actions="recorded")
+    assert not env.robosuite.lite_physics
+    env.reset_to(episode["states"][0])
+    hands = []
+    for action in episode["actions"]:
+        hands.append(env.low_dim()["robot0_eef_pos"])
+        success = env.step(action)[2]["success"]
+    assert success
+    assert np.abs(np.stack(hands) - episode["low_dim"]["robot0_eef_pos"]).max() < 0.015
+
+
+@pytest.mark.parametrize(
+    "env_args, actions, kind, frame, lite",
+    [
+        (old_style(version="1.2.0"), "recorded", "delta", "world", False),
+        (old_style(version="1.4.1"), "recorded", "delta", "world", False),
+        (old_style(delta=False), "recorded", "absolute", "world", False),
+        (old_style(), "absolute", "absolute", "world", False),
+        (old_style(delta=False), "absolute", "absolute", "world", False),
+        (standard(), "recorded", "delta", "base", True),
+        (standard(), "absolute", "absolute", "world", True),
+    ],
+)
+def test_translation_of_the_controller(env_args, actions, kind, frame, lite):
+    before = json.dumps(env_args)
+    arguments = make_arguments(env_args, actions=actions)
+    assert json.dumps(env_args) == before
+    arm = arguments["controller_configs"]["body_parts"]["right"]
+    assert arguments["controller_configs"]["type"] == "BASIC" and arm["gripper"] == {"type": "GRIP"}
+    assert (arm["type"], arm["input_type"], arm["input_ref_frame"]) == ("OSC_POSE", kind, frame)
+    assert "control_delta" not in arm and arm["output_max"] == OSC_POSE["output_max"]
+    assert arguments["lite_physics"] is lite and not arguments["use_camera_obs"] and not arguments["has_renderer"]
+    assert not any(key.startswith(("camera_", "render_")) for key in arguments)
+
+
+def test_models_of_other_versions_are_told_apart():
+    for recorded, same in (("1.5.0", True), ("1.5.2", True), ("1.4.1", False), (None, False), ("1.50.0", False)):
+        assert same_model({"env_version": recorded}, "1.5.2") is same
+
+
+# Refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env_args, words",
+    [
+        (standard() | {"env_version": "2.0.1"}, "env_version: got '2.0.1', allowed: 1.0 to 1.5"),
+        (standard() | {"env_version": "new"}, "env_version: got 'new'"),
+        (standard() | {"type": 2}, "env_args type: got 2, allowed: 1 "),
+        (standard("Lifting"), "env_name: got 'Lifting', allowed: .*Lift"),
+        ({"env_name": "Lift", "type": 1}, "env_kwargs.* missing"),
+        (old_style(type="JOINT_POSITION"), "controller: got 'JOINT_POSITION', allowed: OSC_POSE"),
+    ],
+)
+def test_env_args_that_are_not_understood(env_args, words):
+    with pytest.raises(ValueError, match=words):
+        RobosuiteEnv(env_args=env_args)
+
+
+def test_joint_controllers_take_no_absolute_poses():
+    env_args = standard()
+    env_args["env_kwargs"]["controller_configs"]["body_parts"]["right"]["type"] = "JOINT_POSITION"
+    with pytest.raises(ValueError, match="controller: got 'JOINT_POSITION', allowed: OSC_POSE"):
+        make_arguments(env_args, actions="absolute")
+    arguments = make_arguments(env_args, actions="recorded")
+    assert arguments["controller_configs"]["body_parts"]["right"]["type"] == "JOINT_POSITION"
+    with pytest.raises(ValueError, match="actions: got 'relative', allowed: absolute, recorded"):
+        make_arguments(standard(), actions="relative")
+
+
+def test_bad_arguments(lift, absolute):
+    for env, action in ((lift, np.zeros(10)), (absolute, np.zeros(7)), (lift, np.full(7, np.nan))):
+        with pytest.raises(ValueError, match=r"action: got shape .*allowed: (7|10) finite numbers"):
+            env.step(action)
+    for state in (np.zeros(31), np.full(32, np.inf), np.zeros((2, 32))):
+        with pytest.raises(ValueError, match="state: got shape .*allowed: 32 finite numbers"):
+            lift.reset_to(state)
+    with pytest.raises(ValueError, match=r"cameras: got \['nowhere'\], allowed: frontview"):
+        RobosuiteEnv(task="Lift", cameras=("nowhere",))
+    with pytest.raises(ValueError, match="task, env_args: got None and"):
+        RobosuiteEnv()
+    with pytest.raises(ValueError, match="task, env_args: got 'Lift'"):
+        RobosuiteEnv(task="Lift", env_args=standard("PickPlaceCan"))
+    with pytest.raises(ValueError, match="max_steps: got 0"):
+        RobosuiteEnv(task="Lift", max_steps=0)
+
+
+def test_a_model_that_cannot_be_built(absolute):
+    with pytest.raises(ValueError, match="model_file: got a model that robosuite .* does not build"):
+        absolute.load_model("not xml")  # the last test of this environment
+
+
+# The installation -------------------------------------------------------------------------------------------------
+
+
+def test_it_is_quiet_but_for_the_renderer(alone):
+    for _, _, output in alone.values():
+        assert output.startswith("rendering without a display: ") and output.count("\n") == 1, output
+
+
+def test_no_renderer_is_one_error_that_names_the_packages(monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(robosuite_backend, "_failure", lambda name: f"no {name} here")
+    with pytest.raises(OSError) as caught:
+        robosuite_backend.choose_renderer()
+    message = str(caught.value)
+    assert "\n" not in message and "MUJOCO_GL" not in os.environ
+    for words in ("egl: no egl here", "osmesa: no osmesa here", "libegl1", "libosmesa6", "apt-get install"):
+        assert words in message
+
+
+def test_the_second_renderer_is_taken_when_the_first_fails(monkeypatch, capsys):
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.setattr(robosuite_backend, "_failure", lambda name: "broken" if name == "egl" else None)
+    assert robosuite_backend.choose_renderer() == "osmesa" == os.environ["MUJOCO_GL"]
+    assert capsys.readouterr().out.count("\n") == 1
+    assert robosuite_backend.choose_renderer() == "osmesa" and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("renderer", ["egl", ""])
+def test_without_robosuite_the_error_names_the_command(renderer):
+    program = """
+import sys
+sys.modules["robosuite"] = sys.modules["mujoco"] = None
+from envs import robosuite_backend
+robosuite_backend._failure = lambda name: "ModuleNotFoundError: No module named 'mujoco'"
+from envs.robosuite_env import RobosuiteEnv
+try:
+    RobosuiteEnv(task="Lift")
+except ImportError as error:
+    print(error)
+"""
+    environment = {**os.environ, "MUJOCO_GL": renderer}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 'pip install -e ".[robomimic]"' in result.stdout and result.stdout.count("\n") == 1
