@@ -11,14 +11,14 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
+
+from envs.workers import start_worker
 
 
 def is_recovery(index, fraction):
@@ -180,17 +180,6 @@ def _lock(stack, partial):
     return (partial / "arguments.json").exists()
 
 
-def _start_worker():
-    """Prepares a worker process: only the parent answers Ctrl-C, and a killed parent ends its workers."""
-
-    def follow_parent():
-        parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
 def _make_missing(paths, work, jobs, processes, unit, description):
     """Makes the items that the folder of an unfinished set lacks, with a progress bar."""
     missing = [(path, *job) for path, job in zip(paths, jobs, strict=True) if not path.exists()]
@@ -202,7 +191,7 @@ def _make_missing(paths, work, jobs, processes, unit, description):
                 bar.update()
             return
         processes = max(1, min(processes, len(missing)))
-        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_worker) as pool:
             try:
                 for future in as_completed([pool.submit(work, *job) for job in missing]):
                     future.result()

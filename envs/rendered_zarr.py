@@ -9,12 +9,15 @@ import numpy as np
 import zarr
 from tqdm import tqdm
 
+from envs.workers import start_worker
+
 CHUNK = 256  # frames drawn by one job and stored together
 
 
 def in_processes(draw, jobs):
     """Yield ``draw(job)`` for each of ``jobs`` in order, computed by spawned processes, one a core."""
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, 8, len(jobs))) as pool:
+    processes = min(os.cpu_count() or 1, 8, len(jobs))
+    with multiprocessing.get_context("spawn").Pool(processes, initializer=start_worker) as pool:
         yield from pool.imap(draw, jobs)
 
 
