@@ -1,0 +1,124 @@
+"""Between the configuration and the trainer: which data set a run uses, and what its encoders start from."""
+
+import copy
+import json
+
+import h5py
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import train
+from policy.build import build_model
+from policy.checkpoint import save_checkpoint
+from policy.dataset.replay_buffer import open_zarr
+
+CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
+CONTROLLER = {"type": "OSC_POSE", "input_type": "absolute", "input_ref_frame": "world"}
+ENV_ARGS = {
+    "env_name": "Lift",
+    "env_version": "1.5.1",
+    "type": 1,
+    "env_kwargs": {"robots": ["Panda"], "controller_configs": {"type": "BASIC", "body_parts": {"right": CONTROLLER}}},
+}
+
+
+def write_hdf5(path):
+    """Two demonstrations of four steps with one camera and absolute actions."""
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs.update({"env_args": json.dumps(ENV_ARGS), "total": 8})
+        for name in ("demo_0", "demo_1"):
+            demo = data.create_group(name)
+            demo.attrs["num_samples"] = 4
+            demo["actions"] = rng.uniform(-0.5, 0.5, (4, 7))
+            demo["obs/agentview_image"] = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+            demo["obs/robot0_eef_pos"] = rng.uniform(size=(4, 3))
+    return path
+
+
+def task(**datasets):
+    return {"name": "lift", "data": "ph", "env": {"actions": "absolute"}, "datasets": datasets}
+
+
+def test_an_hdf5_is_converted_once_and_tells_of_its_environment(tmp_path, capsys):
+    source = write_hdf5(tmp_path / "demos.hdf5")
+    options = task(path={"maker": "robomimic_file"}) | {"data": str(source)}
+    path = train.locate_data(options, tmp_path / "cache")
+    assert path == train.locate_data(options, tmp_path / "cache") and path.suffix == ".zarr"
+    assert open_zarr(path).attrs["env_args"] == ENV_ARGS
+    assert open_zarr(path)["data/action"].shape == (8, 10)
+    assert capsys.readouterr().out.count("converting") == 1
+    options["env"]["actions"] = "recorded"
+    assert open_zarr(train.locate_data(options, tmp_path / "cache"))["data/action"].shape == (8, 7)
+
+
+def test_a_missing_file_gives_way_to_the_set_that_its_entry_names(tmp_path, capsys):
+    """And the run then says, on the screen and in its configuration, which one it uses."""
+    entry = {"maker": "robomimic_file", "source": str(tmp_path / "ph.hdf5"), "hint": "get it", "otherwise": "expert"}
+    expert = {"maker": "robomimic_file", "source": str(write_hdf5(tmp_path / "expert.hdf5"))}
+    options = task(ph=entry, expert=expert)
+    assert "expert" in train.locate_data(options, tmp_path / "cache").name
+    assert options["data"] == "expert"
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("task.data=ph: ") and "get it" in line and "using task.data=expert instead" in line
+    write_hdf5(tmp_path / "ph.hdf5")  # once it is there it is what is used
+    options["data"] = "ph"
+    assert "ph" in train.locate_data(options, tmp_path / "cache").name and options["data"] == "ph"
+    del entry["otherwise"]
+    with pytest.raises(FileNotFoundError, match="task.data: got 'ph'.*which does not exist; .*to get it: get it"):
+        train.locate_data(task(ph=entry | {"source": str(tmp_path / "nowhere.hdf5")}), tmp_path / "cache")
+
+
+def camera_config(cameras):
+    config = copy.deepcopy(tiny.policy_config())
+    images = {key: {"type": "rgb", "shape": [3, 12, 12]} for key in cameras}
+    config["task"]["shape_meta"]["obs"] = {**images, **tiny.LOW_DIM}
+    return config
+
+
+def saved_model(path, cameras):
+    """A policy with random weights and its checkpoint at ``path``."""
+    config = camera_config(cameras)
+    model = build_model(config)
+    tensors = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(path, tensors, config=config, state={"step": 0})
+    return model
+
+
+def started(cameras, init):
+    options = camera_config(cameras)
+    options["encoder"] |= {"init": str(init), "freeze": True}
+    model = build_model(options)
+    assert str(init) in train.start_encoder(model, options)
+    assert not any(p.requires_grad for p in model.encoder.encoders.parameters())
+    return model.encoder.encoders
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_each_camera_starts_from_the_encoder_of_its_name(tmp_path):
+    source = saved_model(tmp_path / "two", CAMERAS).encoder.encoders
+    encoders = started(CAMERAS[::-1], tmp_path / "two")
+    assert not same(source[CAMERAS[0]], source[CAMERAS[1]])
+    assert all(same(encoders[key], source[key]) for key in CAMERAS)
+    with pytest.raises(ValueError, match="got cameras agentview_image, robot0_eye.*allowed: one, or 'sideview_image'"):
+        started(["sideview_image"], tmp_path / "two")
+
+
+def test_a_single_encoder_starts_all_cameras(tmp_path):
+    source = saved_model(tmp_path / "one", ["image"]).encoder.encoders["image"]
+    assert all(same(encoder, source) for encoder in started(CAMERAS, tmp_path / "one").values())
+
+
+def test_a_run_without_rollouts_needs_no_simulator(monkeypatch):
+    def missing(**options):
+        raise ImportError("robosuite: cannot be imported")
+
+    monkeypatch.setattr(train, "make_env", missing)
+    with pytest.raises(ImportError, match="robosuite: cannot be imported; rollout.episodes=0 trains without a sim"):
+        train._evaluator({"task": {"env": {"name": "robosuite"}}}, None)
