@@ -2,6 +2,7 @@
 
     python -m eval.speed attention
     python -m eval.speed encoder
+    python -m eval.speed rollout --checkpoint RUN_OR_FILE
 
 What is compared is measured in the same run, in turns: two runs on one machine can differ by more than two methods.
 """
@@ -18,7 +19,10 @@ from eval.attention_speed import markdown, markdown_table, measure_attention, pl
 from eval.command import command
 from eval.encoder_speed import cells, measure_encoder
 from eval.machine import choose_device, copy_bandwidth, describe_machine, fix_allocation
+from eval.rollout_speed import cells as rollout_cells
+from eval.rollout_speed import measure_rollout
 from policy.attention.fibottention import BACKENDS, VARIANTS
+from policy.checkpoint import load_policy
 
 DTYPES = ("float32", "bfloat16", "float16")
 PATCHES = [100, 196, 576, 784, 1568, 3136, 6272]
@@ -73,26 +77,32 @@ def encoder(args):
     settings = {key: getattr(args, key) for key in ("images", "patch_size", "arch", "variant", "seconds")}
     settings["tokens"] = args.tokens or TOKENS[args.device]
     rows = measure_encoder(**settings, device=args.device, dtype=getattr(torch, args.dtype))
+    what = f"{args.dtype}. {args.arch}, patch {args.patch_size}, all parameters trained"
+    _write(args, "encoder", "Speed of a ViT encoder", what, {**settings, "dtype": args.dtype}, rows, cells(rows))
+
+
+def rollouts(args):
+    """Measure the rollouts of a policy; writes rollout.json and rollout.md."""
+    policy = load_policy(args.checkpoint, args.device)
+    config = policy.config["rollout"]
+    settings = {"episodes": args.episodes, "seed": config["seed"], "batch": config["batch"]}
+    settings |= {"num_envs": args.num_envs or config["num_envs"], "workers": args.workers or config["workers"]}
+    rows = measure_rollout(policy, policy.config["task"]["env"], **settings)
+    what = f"{policy.config['task']['name']}, the same {args.episodes} episodes twice"
+    _write(args, "rollout", "Speed of rollouts", what, settings, rows, rollout_cells(rows))
+
+
+def _write(args, name, title, what, settings, rows, table):
+    """NAME.json with everything and NAME.md with the ``table``, which is printed too."""
     machine = describe_machine(args.device)
-    results = {"command": args.command, "machine": machine, "settings": {**settings, "dtype": args.dtype}, "rows": rows}
-    where = (
-        f"{machine['name']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, {args.dtype}"
-    )
-    lines = [
-        "# Speed of a ViT encoder",
-        "",
-        f"{where}, commit {machine['commit']}. {args.arch}, patch {args.patch_size}, all parameters trained.",
-        "",
-        f"`{args.command}`",
-        "",
-        *markdown_table(cells(rows)),
-        "",
-    ]
+    results = {"command": args.command, "machine": machine, "settings": settings, "rows": rows}
+    where = f"{machine['name']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}"
+    lines = [f"# {title}", "", f"{where}, commit {machine['commit']}, {what}.", "", f"`{args.command}`", ""]
+    text = "\n".join([*lines, *markdown_table(table), ""])
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "encoder.json").write_text(json.dumps(results, indent=1))
-    (args.output / "encoder.md").write_text("\n".join(lines))
-    print("\n".join(lines))
-    print(f"wrote {args.output}/encoder.json and encoder.md")
+    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1))
+    (args.output / f"{name}.md").write_text(text)
+    print(f"{text}\nwrote {args.output}/{name}.json and {name}.md")
 
 
 def _check_choices(**options):
@@ -138,6 +148,16 @@ def main(argv=None):
     sub.add_argument("--arch", default="vit_base_patch8_224", help="a plain timm ViT, default vit_base_patch8_224")
     sub.add_argument("--patch-size", type=int, default=8, help="px, default 8")
     sub.add_argument("--output", type=Path, default=Path("speed/encoder"), help="folder, default speed/encoder")
+
+    sub = commands.add_parser("rollout", help="rollouts side by side, beside one that draws at every step")
+    sub.set_defaults(run=rollouts)
+    sub.add_argument("--checkpoint", required=True, help="run folder or .safetensors file of a policy")
+    sub.add_argument("--episodes", type=int, default=16, help="default 16")
+    sub.add_argument("--num-envs", type=int, help="default: as in the checkpoint")
+    sub.add_argument("--workers", type=int, help="default: as in the checkpoint")
+    sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    sub.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
+    sub.add_argument("--output", type=Path, default=Path("speed/rollout"), help="folder, default speed/rollout")
 
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "-m", "eval.speed", *argv])
