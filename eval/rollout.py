@@ -122,6 +122,13 @@ def write_results(output, summary, films, name="rollout"):
         write_grid(output / f"{name}.mp4", films)
 
 
+def loop_options(policy, **given):
+    """Options of ``rollout``: those ``given`` that are not None, then those that the policy's own rollouts had."""
+    trained = policy.config.get("rollout", {})
+    options = {key: trained[key] for key in given if key in trained}
+    return options | {key: value for key, value in given.items() if value is not None}
+
+
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m eval.rollout", description=__doc__.split("\n")[0])
@@ -142,10 +149,7 @@ def main(argv=None):
     policy = load_policy(args.checkpoint, args.device)
     if args.action_steps is not None:
         policy.set_action_steps(args.action_steps)
-    given = {"num_envs": args.num_envs, "workers": args.workers, "batch": args.batch}
-    trained = policy.config.get("rollout", {})
-    loop = {key: trained[key] for key in given if key in trained}
-    loop |= {key: value for key, value in given.items() if value is not None}
+    loop = loop_options(policy, num_envs=args.num_envs, workers=args.workers, batch=args.batch)
     start = time.perf_counter()
     summary, films = rollout(
         policy,

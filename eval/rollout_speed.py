@@ -32,7 +32,7 @@ class DrawEveryStep:
         close_env(self.env)
 
 
-def measure_rollout(policy, env_options, *, episodes, seed, num_envs, workers, batch):
+def measure_rollout(policy, env_options, *, episodes, seed, num_envs=50, workers=0, batch=25):
     """A dictionary for each of the two loops, as in rollout.json; both run the same episodes of ``policy``.
 
     Times are those of a whole ``rollout``: the start of environments and processes and the policy's calls included.

@@ -19,6 +19,7 @@ from eval.attention_speed import markdown, markdown_table, measure_attention, pl
 from eval.command import command
 from eval.encoder_speed import cells, measure_encoder
 from eval.machine import choose_device, copy_bandwidth, describe_machine, fix_allocation
+from eval.rollout import loop_options
 from eval.rollout_speed import cells as rollout_cells
 from eval.rollout_speed import measure_rollout
 from policy.attention.fibottention import BACKENDS, VARIANTS
@@ -84,9 +85,8 @@ def encoder(args):
 def rollouts(args):
     """Measure the rollouts of a policy; writes rollout.json and rollout.md."""
     policy = load_policy(args.checkpoint, args.device)
-    config = policy.config["rollout"]
-    settings = {"episodes": args.episodes, "seed": config["seed"], "batch": config["batch"]}
-    settings |= {"num_envs": args.num_envs or config["num_envs"], "workers": args.workers or config["workers"]}
+    loop = loop_options(policy, num_envs=args.num_envs, workers=args.workers, batch=None)
+    settings = {**loop, "episodes": args.episodes, "seed": args.seed}
     rows = measure_rollout(policy, policy.config["task"]["env"], **settings)
     what = f"{policy.config['task']['name']}, the same {args.episodes} episodes twice"
     _write(args, "rollout", "Speed of rollouts", what, settings, rows, rollout_cells(rows))
@@ -153,8 +153,9 @@ def main(argv=None):
     sub.set_defaults(run=rollouts)
     sub.add_argument("--checkpoint", required=True, help="run folder or .safetensors file of a policy")
     sub.add_argument("--episodes", type=int, default=16, help="default 16")
-    sub.add_argument("--num-envs", type=int, help="default: as in the checkpoint")
-    sub.add_argument("--workers", type=int, help="default: as in the checkpoint")
+    sub.add_argument("--seed", type=int, default=100_000, help="first of consecutive test seeds")
+    sub.add_argument("--num-envs", type=int, help="environments at a time, default as in training")
+    sub.add_argument("--workers", type=int, help="processes that hold them, default as in training")
     sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     sub.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
     sub.add_argument("--output", type=Path, default=Path("speed/rollout"), help="folder, default speed/rollout")
