@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 import train
+from eval.command import check_types
 from policy.build import build_model
 from policy.checkpoint import save_checkpoint
 from policy.dataset.replay_buffer import open_zarr
@@ -122,3 +126,60 @@ def test_a_run_without_rollouts_needs_no_simulator(monkeypatch):
     monkeypatch.setattr(train, "make_env", missing)
     with pytest.raises(ImportError, match="robosuite: cannot be imported; rollout.episodes=0 trains without a sim"):
         train._evaluator({"task": {"env": {"name": "robosuite"}}}, None)
+
+
+# Configurations ----------------------------------------------------------------------------------------------------
+
+FOLDERS = sorted(path.parent for path in (train.ROOT / "config").glob("*/typea.yaml"))
+
+
+def composed(folder, name, *overrides):
+    """The resolved configuration of ``train.py --config-dir=FOLDER --config-name=NAME``, as a dict."""
+    GlobalHydra.instance().clear()
+    searched = [f"hydra.searchpath=[file://{train.ROOT}/config]"]
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        return OmegaConf.to_container(compose(name, [*searched, *overrides]), resolve=True)
+
+
+@pytest.mark.parametrize("preset", ["paper", "small", "cpu", "smoke"])
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_task_builds_with_every_preset(folder, preset):
+    config = composed(folder, "typea", f"preset={preset}")
+    check_types(OmegaConf.create(config))
+    with torch.device("meta"):
+        model = build_model(config)
+    obs = config["task"]["shape_meta"]["obs"]
+    assert (
+        set(model.encoder.shapes) == set(obs) and model.action_dim == config["task"]["shape_meta"]["action"]["shape"][0]
+    )
+    published = preset == "paper"
+    assert model.relative_to == (None if published else config["task"]["position"])
+    assert model.encoder.crop == (config["task"]["crop"] if preset in ("paper", "small") else None)
+    assert {"num_envs", "workers", "batch"} <= set(config["rollout"])
+
+
+def test_another_task_of_robosuite_is_configuration_only(tmp_path):
+    """Square has neither an expert nor a pre-trained encoder: nothing takes the place of its missing file."""
+    (lift,) = [folder for folder in FOLDERS if folder.name == "lift_ph"]
+    config = composed(lift, "typea", "task=square", "preset=cpu")
+    check_types(OmegaConf.create(config))
+    assert config["task"]["env"]["task"] == "NutAssemblySquare"
+    assert config["encoder"]["init"] == "none" and not config["encoder"]["freeze"]
+    with pytest.raises(
+        FileNotFoundError, match="square/ph/demo_v15.hdf5.* python -m policy.dataset.download square_ph"
+    ):
+        train.locate_data(config["task"], tmp_path)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_what_is_pretrained_is_what_preset_cpu_starts_from(folder):
+    """A pre-training configuration describes the same encoder, and the shipped weights fit it."""
+    if not (folder / "pretrain.yaml").exists():
+        pytest.skip("this task starts from another one's encoder")
+    config, pretraining = composed(folder, "typea", "preset=cpu"), composed(folder, "pretrain")
+    loading = ("init", "freeze")
+    assert {k: v for k, v in config["encoder"].items() if k not in loading} == {
+        k: v for k, v in pretraining["encoder"].items() if k not in loading
+    }
+    model = build_model(config)
+    assert config["encoder"]["init"] in train.start_encoder(model, config) and config["encoder"]["freeze"]
