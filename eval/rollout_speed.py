@@ -35,17 +35,21 @@ class DrawEveryStep:
 def measure_rollout(policy, env_options, *, episodes, seed, num_envs=50, workers=0, batch=25):
     """A dictionary for each of the two loops, as in rollout.json; both run the same episodes of ``policy``.
 
-    Times are those of a whole ``rollout``: the start of environments and processes and the policy's calls included.
+    Times are those of a whole ``rollout``: the start of environments and processes and the policy's calls included. One
+    environment asks for one row a policy call, so that episodes may differ by what rounding makes of them.
     """
     drawn = {"name": f"{__name__}:{DrawEveryStep.__name__}", "inner": env_options}
     methods = {
-        "one after another, drawn at every step": (drawn, {"num_envs": 1, "workers": 0}),
-        "side by side, drawn when the policy looks": (env_options, {"num_envs": num_envs, "workers": workers}),
+        "one after another, drawn at every step": (drawn, {"num_envs": 1, "workers": 0, "batch": 1}),
+        "side by side, drawn when the policy looks": (
+            env_options,
+            {"num_envs": num_envs, "workers": workers, "batch": batch},
+        ),
     }
     rows = []
     for method, (environment, options) in methods.items():
         start = time.perf_counter()
-        summary, _ = rollout(policy, environment, episodes=episodes, seed=seed, batch=batch, **options)
+        summary, _ = rollout(policy, environment, episodes=episodes, seed=seed, **options)
         seconds = time.perf_counter() - start
         steps = sum(row["steps"] for row in summary["episodes"])
         rate = {"steps": steps, "seconds": seconds, "steps_per_second": steps / seconds}

@@ -88,7 +88,7 @@ def rollouts(args):
     loop = loop_options(policy, num_envs=args.num_envs, workers=args.workers, batch=None)
     settings = {**loop, "episodes": args.episodes, "seed": args.seed}
     rows = measure_rollout(policy, policy.config["task"]["env"], **settings)
-    what = f"{policy.config['task']['name']}, the same {args.episodes} episodes twice"
+    what = f"{policy.config['task']['name']}, the same {args.episodes} seeds twice"
     _write(args, "rollout", "Speed of rollouts", what, settings, rows, rollout_cells(rows))
 
 
@@ -152,7 +152,7 @@ def main(argv=None):
     sub = commands.add_parser("rollout", help="rollouts side by side, beside one that draws at every step")
     sub.set_defaults(run=rollouts)
     sub.add_argument("--checkpoint", required=True, help="run folder or .safetensors file of a policy")
-    sub.add_argument("--episodes", type=int, default=16, help="default 16")
+    sub.add_argument("--episodes", type=int, default=50, help="default 50")
     sub.add_argument("--seed", type=int, default=100_000, help="first of consecutive test seeds")
     sub.add_argument("--num-envs", type=int, help="environments at a time, default as in training")
     sub.add_argument("--workers", type=int, help="processes that hold them, default as in training")

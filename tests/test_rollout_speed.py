@@ -36,7 +36,7 @@ def test_both_loops_run_the_same_episodes(monkeypatch):
     usual, ours = measure_rollout(tiny.policy(), ENV, num_envs=3, workers=0, **RUN)
     steps = sum(3 + 7 * seed % 11 for seed in range(100, 105))  # the lengths of FakeEnv's episodes
     assert usual["steps"] == ours["steps"] == steps and usual["success_rate"] == ours["success_rate"]
-    assert (usual["num_envs"], usual["workers"], ours["num_envs"], ours["workers"]) == (1, 0, 3, 0)
+    assert [[row[key] for key in ("num_envs", "workers", "batch")] for row in (usual, ours)] == [[1, 0, 1], [3, 0, 4]]
     assert usual["steps_per_second"] == pytest.approx(steps / 10) and usual["ratio"] == 1
     assert ours["steps_per_second"] == pytest.approx(steps / 4) and ours["ratio"] == pytest.approx(2.5)
     drawn = [len(env.observed) for env in fake_env.MADE]
@@ -56,4 +56,4 @@ def test_the_command_writes_both_loops(tmp_path, capsys):
     results = json.loads((tmp_path / "rollout.json").read_text())
     assert [row["num_envs"] for row in results["rows"]] == [1, 2] and results["settings"]["episodes"] == 3
     text = (tmp_path / "rollout.md").read_text()
-    assert text in capsys.readouterr().out and "drawn at every step" in text and "fake, the same 3 episodes" in text
+    assert text in capsys.readouterr().out and "drawn at every step" in text and "fake, the same 3 seeds" in text
