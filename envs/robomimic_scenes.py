@@ -62,7 +62,7 @@ def _draw(job):
 
 
 def ensure_scenes(*, cache_dir, task, frames, seed=0, image_size=84, reflections=False):
-    """Path of a zarr with ``frames`` pictures a camera and ``keypoint`` (F, 9), see ``targets``; each an episode.
+    """Path of a zarr with ``frames`` pictures a camera and ``keypoint`` (F, 9), see ``targets``, 16 an episode.
 
     frames: a multiple of 256.
     """
@@ -83,7 +83,7 @@ def ensure_scenes(*, cache_dir, task, frames, seed=0, image_size=84, reflections
             jobs,
             frames=frames,
             arrays={},
-            episode_ends=np.arange(1, frames + 1),
+            episode_ends=np.arange(FRAMES_PER_EPISODE, frames + 1, FRAMES_PER_EPISODE),
             description="drawing scenes",
         )
     return target

@@ -17,10 +17,12 @@ from envs import robosuite_backend  # noqa: E402
 from envs.robomimic_expert import run_episode  # noqa: E402
 from envs.robosuite_env import CAMERAS, RobosuiteEnv  # noqa: E402
 from envs.robosuite_metadata import OSC_POSE, make_arguments, same_model, standard_env_args  # noqa: E402
+from envs.workers import open_slots
 
 ROOT = Path(__file__).parent.parent
 ALONE = """
 import sys, numpy as np
+from envs.workers import open_slots
 from envs.robosuite_env import RobosuiteEnv
 task, state, output = sys.argv[1:]
 env = RobosuiteEnv(task=task, actions="recorded")
@@ -404,6 +406,7 @@ import sys
 sys.modules["robosuite"] = sys.modules["mujoco"] = None
 from envs import robosuite_backend
 robosuite_backend._failure = lambda name: "ModuleNotFoundError: No module named 'mujoco'"
+from envs.workers import open_slots
 from envs.robosuite_env import RobosuiteEnv
 try:
     RobosuiteEnv(task="Lift")
@@ -414,3 +417,38 @@ except ImportError as error:
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert 'pip install -e ".[robomimic]"' in result.stdout and result.stdout.count("\n") == 1
+
+
+# In worker processes -------------------------------------------------------------------------------------------------
+
+
+def test_episodes_in_workers_depend_on_their_seed_alone(capfd):
+    """Bit for bit those of one environment in this process, in any slot, and after a worker died in the middle."""
+    env = {"name": "robosuite", "task": "Lift", "actions": "recorded", "cameras": ["agentview"], "image_size": 24}
+    options = {"obs_steps": 2, "keys": ["agentview_image", "robot0_eef_pos", "object"]}
+    actions = np.random.default_rng(0).uniform(-1, 1, (6, 7))
+    seeds = (5, 6)
+    with open_slots(env, slots=1, **options) as slots:
+        expected = {}
+        for seed in seeds:
+            slots.run({0: ("reset", seed, False)})
+            expected[seed] = slots.run({0: ("execute", actions)})[0].observation
+    assert not np.array_equal(expected[5]["object"], expected[6]["object"])
+
+    def equal(reports):
+        """Slot 0 has seed 6, slot 1 seed 5: the other way round."""
+        pairs = ((reports[0], expected[6]), (reports[1], expected[5]))
+        return all(np.array_equal(report.observation[key], obs[key]) for report, obs in pairs for key in obs)
+
+    resets = {0: ("reset", 6, False), 1: ("reset", 5, False)}
+    execute = {slot: ("execute", actions) for slot in resets}
+    with open_slots(env, slots=2, workers=2, **options) as slots:
+        slots.run(resets)
+        assert equal(slots.run(execute))
+        slots.run(resets)
+        slots.workers[0].process.kill()
+        reports = slots.run(execute)
+        assert reports[0] is None and reports[1] is not None
+        slots.run({0: resets[0]})
+        assert equal({0: slots.run({0: execute[0]})[0], 1: reports[1]})
+    assert "environment worker 0 died (SIGKILL); 1 episodes start again" in capfd.readouterr().err
