@@ -5,7 +5,8 @@ to come back; recovery episodes are recorded from a state that the expert was pu
 """
 
 import numpy as np
-from scipy.spatial.transform import Rotation
+
+from envs.robosuite_backend import rotation_matrix
 
 POSITION_UNIT, ROTATION_UNIT = 0.05, 0.5  # m and rad of a full action, OSC_POSE's output range
 OPEN, CLOSED = -1.0, 1.0
@@ -136,18 +137,18 @@ class Expert:
         That is the nearest side of the cube, or across a can that lies: its length just fits between the fingers.
         """
         turn = np.pi if self.can else np.pi / 2  # symmetry
-        thing = Rotation.from_quat(low_dim[f"{self.thing}_quat"]).as_matrix()
+        thing = rotation_matrix(low_dim[f"{self.thing}_quat"])
         side = np.cross([0, 0, 1], thing[:, 2]) if self.can else thing[:, 0]
         self.lies = self.can and np.hypot(*side[:2]) > 0.5
         if self.can and not self.lies:
             return 0.0
-        fingers = Rotation.from_quat(low_dim["robot0_eef_quat"]).as_matrix()[:, 1]
+        fingers = rotation_matrix(low_dim["robot0_eef_quat"])[:, 1]
         angle = np.arctan2(side[1], side[0]) - np.arctan2(fingers[1], fingers[0]) + self.yaw_offset
         return (angle + turn / 2) % turn - turn / 2
 
     def _rotation(self, low_dim, yaw):
         """Rotation action (3,) towards a gripper that points straight down, turned by ``yaw``."""
-        axis = Rotation.from_quat(low_dim["robot0_eef_quat"]).as_matrix()[:, 2]
+        axis = rotation_matrix(low_dim["robot0_eef_quat"])[:, 2]
         error = np.cross(axis, DOWN) + np.array([0, 0, yaw])
         return np.clip(error / ROTATION_UNIT, -0.5, 0.5)
 

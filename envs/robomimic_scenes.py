@@ -6,10 +6,10 @@ The scenes are moments of expert episodes, half of them disturbed, that no demon
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from envs.rendered_zarr import CHUNK, write_rendered
 from envs.robomimic_expert import TASKS, run_episode
+from envs.robosuite_backend import rotation_matrix
 from envs.robosuite_env import CAMERAS, RobosuiteEnv
 
 MM_PER_UNIT = 250  # of the targets
@@ -28,9 +28,9 @@ def targets(low_dim, task):
     """
     thing = THINGS[task]
     position = low_dim[f"{thing}_pos"]
-    orientation = Rotation.from_quat(low_dim[f"{thing}_quat"]).as_matrix()
+    orientation = rotation_matrix(low_dim[f"{thing}_quat"])
     if task == "lift":
-        fingers = Rotation.from_quat(low_dim["robot0_eef_quat"]).as_matrix()[..., 1]
+        fingers = rotation_matrix(low_dim["robot0_eef_quat"])[..., 1]
         side = orientation[..., 0]
         angle = 4 * (np.arctan2(side[..., 1], side[..., 0]) - np.arctan2(fingers[..., 1], fingers[..., 0]))
         turned = np.stack([np.cos(angle), np.sin(angle), np.zeros_like(angle)], axis=-1)

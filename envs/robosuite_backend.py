@@ -34,6 +34,13 @@ def load_robosuite(*, render=True):
     return robosuite
 
 
+def rotation_matrix(quaternion):
+    """Matrices (..., 3, 3) of quaternions (..., 4), x y z w as in robosuite."""
+    from scipy.spatial.transform import Rotation  # robosuite brings it
+
+    return Rotation.from_quat(quaternion).as_matrix()
+
+
 def choose_renderer():
     """The name of the renderer that MuJoCo uses from now on; one that MUJOCO_GL names already is left alone.
 
