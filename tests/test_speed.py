@@ -342,7 +342,8 @@ def test_peak_memory_sees_what_a_call_holds_at_most(make):
 
         for _ in range(2):  # freed memory that is used again counts as well
             call()
-            assert machine.peak_memory(call, "cpu") / megabytes == pytest.approx(1.5 * size, abs=1)
+            beyond = machine.peak_memory(call, "cpu") / megabytes - 1.5 * size
+            assert -1 < beyond < 4.5  # each of the two arrays may end within a huge page of 2 MiB
 
 
 def test_peak_memory_admits_that_it_does_not_know(monkeypatch):
