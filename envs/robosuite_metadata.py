@@ -74,6 +74,10 @@ def check_env_args(env_args, tasks):
         raise ValueError(
             f"env_args: got {sorted(env_args)}, allowed: env_name, type and env_kwargs ({missing} missing)"
         )
+    kwargs = env_args["env_kwargs"]
+    if not isinstance(kwargs, dict) or not kwargs.get("robots") or not kwargs.get("controller_configs"):
+        known = sorted(kwargs) if isinstance(kwargs, dict) else kwargs
+        raise ValueError(f"env_args env_kwargs: got {known}, allowed: options with robots and controller_configs")
     if env_args["type"] != ROBOSUITE_TYPE:
         raise ValueError(f"env_args type: got {env_args['type']!r}, allowed: {ROBOSUITE_TYPE} (robosuite)")
     version = env_args.get("env_version")

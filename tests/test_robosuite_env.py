@@ -419,6 +419,14 @@ except ImportError as error:
     assert 'pip install -e ".[robomimic]"' in result.stdout and result.stdout.count("\n") == 1
 
 
+@pytest.mark.parametrize("key", ["robots", "controller_configs"])
+def test_env_args_without_what_an_environment_needs_are_refused(key):
+    env_args = standard()
+    del env_args["env_kwargs"][key]
+    with pytest.raises(ValueError, match="env_args env_kwargs: got .*allowed: options with robots and controller_conf"):
+        RobosuiteEnv(env_args=env_args)
+
+
 # In worker processes -------------------------------------------------------------------------------------------------
 
 
