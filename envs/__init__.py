@@ -2,8 +2,8 @@
 
 An environment has ``reset(seed)``, ``observe() -> {key: array}``, ``step(action) -> (reward, done, info)`` with
 info["success"], ``frame(size) -> (size, size, 3) uint8`` and, where needed, ``close()``. Simulators are imported at
-first use only. A new task is one module, a line in each table below and a config; an environment may also be named
-"module:attribute".
+first use only. A new task is one module, a line in each table below (in CORRECTIONS where an expert can take over) and
+a config; an environment may also be named "module:attribute". A property ``state`` (S,) lets rollouts record states.
 """
 
 import importlib
@@ -16,6 +16,7 @@ DATA_MAKERS = {
     "robomimic_file": "envs.robomimic_images:ensure_file",
     "robomimic_scenes": "envs.robomimic_scenes:ensure_scenes",
 }
+CORRECTIONS = {"pusht": "envs.pusht_corrections:make_corrections"}
 
 
 def _load(kind, name, table, alternative=""):
@@ -46,3 +47,8 @@ def close_env(env):
 def make_data(name, **options):
     """Path of the data set that the maker called ``name`` prepares (renders, caches) from ``options``."""
     return _load("task.maker.name", name, DATA_MAKERS)(**options)
+
+
+def make_corrections(name, **options):
+    """Path of a data set with expert episodes from states visited in the environment called ``name``, for DAgger."""
+    return _load("dagger: task.env.name", name, CORRECTIONS)(**options)

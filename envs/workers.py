@@ -3,7 +3,7 @@
 A slot holds one environment and one episode at a time. A round is one command for each of some slots:
 
     with open_slots(env_options, slots=2, workers=2, obs_steps=2, keys=["image"]) as slots:
-        reports = slots.run({0: ("reset", seed, film), 1: ("execute", actions)})  # {slot: Report}
+        reports = slots.run({0: ("reset", seed, film, states), 1: ("execute", actions)})  # {slot: Report}
 """
 
 import os
@@ -32,8 +32,8 @@ def open_slots(env_options, *, slots, workers=0, obs_steps, keys, timeout=TIMEOU
     """A context manager whose ``run(commands)`` carries out a round: {slot: command} -> {slot: Report}.
 
     env_options: {"name": ..., options} for ``make_env``; keys: observations that are kept; slots are numbers below
-    ``slots``, spread over ``workers`` processes, or over none for 0. Commands: ("reset", seed, film) and ("execute",
-    actions (Ta, Da)). What an environment raises reaches the caller.
+    ``slots``, spread over ``workers`` processes, or over none for 0. Commands: ("reset", seed, film, states), of
+    which states may be missing, and ("execute", actions (Ta, Da)). What an environment raises reaches the caller.
     """
     if workers < 0:
         raise ValueError(f"workers: got {workers}, allowed: >= 0")
@@ -64,17 +64,18 @@ class LocalSlots:
     def carry_out(self, slot, command, *arguments):
         """``Report`` of the episode in ``slot`` after a command."""
         if command == "reset":
-            seed, film = arguments
-            if slot not in self.envs:
-                self.envs[slot] = make_env(**self.env_options)
-            self.episodes[slot] = Episode(self.envs[slot], seed, film=film, **self.episode_options)
+            self._reset(slot, *arguments)
         else:
-            (actions,) = arguments
-            self.episodes[slot].execute(actions)
+            self.episodes[slot].execute(*arguments)
         report = self.episodes[slot].report()
         if report.row is not None:
             del self.episodes[slot]  # its frames are large
         return report
+
+    def _reset(self, slot, seed, film, states=False):
+        if slot not in self.envs:
+            self.envs[slot] = make_env(**self.env_options)
+        self.episodes[slot] = Episode(self.envs[slot], seed, film=film, states=states, **self.episode_options)
 
 
 class WorkerSlots:

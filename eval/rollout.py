@@ -19,6 +19,7 @@ from eval.command import command
 from eval.intervals import mean_interval, rate_interval
 from eval.video import write_grid
 from policy.checkpoint import load_policy
+from policy.samplers import SAMPLERS
 
 
 class Running:
@@ -62,7 +63,17 @@ def _act(policy, episodes, batch, num_inference_steps):
 
 
 def rollout(
-    policy, env_options, *, episodes, seed, num_envs=50, workers=0, videos=0, num_inference_steps=None, batch=25
+    policy,
+    env_options,
+    *,
+    episodes,
+    seed,
+    num_envs=50,
+    workers=0,
+    videos=0,
+    num_inference_steps=None,
+    batch=25,
+    states=False,
 ):
     """Run ``episodes`` episodes with seeds from ``seed`` on, ``num_envs`` at a time, in ``workers`` processes.
 
@@ -70,7 +81,9 @@ def rollout(
     kernels round differently for different batch sizes, and for rows at the end of a batch, and contacts amplify that.
     Every call therefore has as many rows (free ones repeat another), and an episode always has the same one.
     env_options: {"name": ..., options} for ``envs.make_env``; videos: how many episodes are filmed.
-    Returns (summary as in summary.json, filmed episodes for ``eval.video.write_grid``).
+    Returns (summary as in summary.json, filmed episodes for ``eval.video.write_grid``) and, with ``states``, a third
+    value: a row per episode as in the summary, with its visited "states" (steps + 1, S) float64. Raises ValueError for
+    states of an environment that has none.
     """
     if min(episodes, num_envs, batch) < 1:
         raise ValueError(f"episodes, num_envs, batch: got {episodes}, {num_envs}, {batch}, allowed: all >= 1")
@@ -86,7 +99,7 @@ def rollout(
             while waiting and idle:  # in the same round, so that a slow reset holds nobody up
                 slot, number = idle.pop(), waiting.pop(0)
                 running[slot] = Running(number)
-                commands[slot] = ("reset", number, number - seed < videos)
+                commands[slot] = ("reset", number, number - seed < videos, states)
             for slot, report in slots.run(commands).items():
                 if report is None:  # its worker died: the episode starts again, with its noise
                     waiting.insert(0, running.pop(slot).seed)
@@ -99,7 +112,8 @@ def rollout(
                     idle.append(slot)
                     bar.update()
     finished.sort(key=lambda report: report.row["seed"])
-    return summarize([report.row for report in finished]), [report.film for report in finished if report.film]
+    results = summarize([report.row for report in finished]), [report.film for report in finished if report.film]
+    return (*results, [{**report.row, "states": report.states} for report in finished]) if states else results
 
 
 def summarize(rows):
@@ -139,14 +153,22 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, help="processes that hold them, 0: this one; default as in training")
     parser.add_argument("--batch", type=int, help="rows of a policy call, default as in training")
     parser.add_argument("--videos", type=int, default=9, help="episodes to film")
+    parser.add_argument("--sampler", default=None, help=f"{', '.join(SAMPLERS)}; default as trained")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps, default as trained")
+    parser.add_argument("--precision", default="fp32", help="fp32 (default) or bf16")
     parser.add_argument("--action-steps", type=int, default=None, help="executed steps of a chunk, default as trained")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=None, help="default: rollouts/NAME")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; allowed here: cpu")
-    policy = load_policy(args.checkpoint, args.device)
+    policy = load_policy(
+        args.checkpoint,
+        args.device,
+        sampler=args.sampler,
+        num_inference_steps=args.steps,
+        precision=args.precision,
+    )
     if args.action_steps is not None:
         policy.set_action_steps(args.action_steps)
     loop = loop_options(policy, num_envs=args.num_envs, workers=args.workers, batch=args.batch)
@@ -157,12 +179,18 @@ def main(argv=None):
         episodes=args.episodes,
         seed=args.seed,
         videos=args.videos,
-        num_inference_steps=args.steps,
         **loop,
     )
     speed = sum(row["steps"] for row in summary["episodes"]) / (time.perf_counter() - start)
     output = args.output or Path("rollouts") / Path(args.checkpoint).stem
-    write_results(output, {"checkpoint": str(args.checkpoint), **summary}, films)
+    settings = {
+        "checkpoint": str(args.checkpoint),
+        "sampler": policy.sampler,
+        "steps": policy.num_inference_steps,
+        "action_steps": policy.action_steps,
+        "precision": policy.precision,
+    }
+    write_results(output, {**settings, **summary}, films)
     print(f"{describe(summary)}, {speed:.0f} environment steps/s")
     print(f"wrote {output}/summary.json" + (f" and {output}/rollout.mp4" if films else ""))
 

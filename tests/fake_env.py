@@ -85,3 +85,20 @@ class FakeEnv:
 
     def close(self):
         self.log("close")
+
+
+class StatefulEnv(FakeEnv):
+    """``FakeEnv`` whose state is seed, step and x, in one array that it writes over."""
+
+    def reset(self, seed):
+        super().reset(seed)
+        self.memory = np.array([seed, 0, *self.x])
+
+    def step(self, action):
+        result = super().step(action)
+        self.memory[1:] = self.steps, *self.x
+        return result
+
+    @property
+    def state(self):
+        return self.memory

@@ -380,6 +380,37 @@ def test_films_of_a_rollout(tmp_path):
     assert [file.name for file in (tmp_path / "none").iterdir()] == ["summary.json"]
 
 
+def test_visited_states():
+    """From the start to the end of every episode, in the order of the seeds; asking for them changes nothing else."""
+    run = {"episodes": 5, "seed": 10, "num_envs": 2, "videos": 1}
+    summary, films, visited = rollout(tiny_policy(), {"name": "fake_env:StatefulEnv"}, states=True, **run)
+    for row, episode in zip(summary["episodes"], visited, strict=True):
+        assert episode.keys() == {*row, "states"} and {key: episode[key] for key in row} == row
+        states = episode["states"]
+        assert states.shape == (row["steps"] + 1, 4) and states.dtype == np.float64
+        assert (states[:, 0] == row["seed"]).all() and states[:, 1].tolist() == list(range(row["steps"] + 1))
+        assert states[1:, 2].max() == row["score"]
+    again = rollout(tiny_policy(), {"name": "fake_env:StatefulEnv"}, **run)
+    assert again[0] == summary and len(again) == 2 and len(again[1]) == len(films) == 1
+
+
+def test_states_of_an_environment_without_them():
+    with pytest.raises(ValueError, match="states: got FakeEnv, allowed: an environment with a property state"):
+        rollout(Recorder(2, 4), {"name": "fake"}, episodes=1, seed=0, states=True)
+
+
+def test_visited_states_of_pusht_can_be_restored():
+    env = {"name": "pusht", "max_steps": 6, "image_size": 24}
+    _, _, (episode,) = rollout(Recorder(2, 4), env, episodes=1, seed=7, states=True)
+    world = PushT(max_steps=6)
+    world.reset(7)
+    np.testing.assert_array_equal(episode["states"][0], world.state)
+    assert episode["states"].shape == (7, 5)
+    for state in episode["states"]:
+        world.reset_to(state)
+        np.testing.assert_allclose(world.state, state, atol=1e-9)
+
+
 def test_summary_of_rows():
     rows = [{"seed": seed, "score": score, "success": score == 1, "steps": 5} for seed, score in enumerate([1, 0.5, 0])]
     summary = summarize(rows)

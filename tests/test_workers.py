@@ -97,6 +97,22 @@ def test_results_do_not_depend_on_workers(policy, expected, log, capfd, workers,
     assert capfd.readouterr().err.count("died") == 0
 
 
+def test_states_travel(policy):
+    """Bit for bit as without workers; an episode that was not asked for them has none, nor has a running one."""
+    expected = rollout(policy, fake(name="fake_env:StatefulEnv"), states=True, **RUN)[2]
+    visited = rollout(policy, fake(name="fake_env:StatefulEnv"), workers=2, num_envs=3, states=True, **RUN)[2]
+    for one, other in zip(visited, expected, strict=True):
+        np.testing.assert_array_equal(one.pop("states"), other.pop("states"), strict=True)
+        assert one == other
+    with slots_of(fake(name="fake_env:StatefulEnv", length=2)) as slots:
+        reports = slots.run({0: ("reset", 5, False, True), 1: ("reset", 6, False, False)})
+        assert reports[0].states is None
+        reports = slots.run({0: ("execute", np.zeros((2, 2))), 1: ("execute", np.zeros((2, 2)))})
+        assert reports[0].states[:, :2].tolist() == [[5, 0], [5, 1], [5, 2]] and reports[1].states is None
+    with pytest.raises(ValueError, match="states: got FakeEnv, allowed"):
+        rollout(policy, fake(), workers=1, num_envs=1, states=True, **RUN)
+
+
 def test_slots_go_round_robin_and_their_environments_are_made_late(log):
     with slots_of(fake(log=log)) as slots:
         reports = slots.run({0: ("reset", 10, False), 2: ("reset", 12, False), 3: ("reset", 13, True)})
