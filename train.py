@@ -9,20 +9,26 @@ From here to the loss in four files: the config, this one, policy/diffusion.py, 
 import os
 import re
 import sys
+import traceback
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import hydra
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from envs import close_env, make_data, make_env
 from eval.command import check_types, command, nearest
+from eval.dagger import check_dagger, fit_with_corrections
 from eval.rollout import describe, rollout, write_results
-from policy.build import build_datasets, build_model, cache_features
+from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
 from policy.checkpoint import load_checkpoint, load_model, load_weights
 from policy.dataset.replay_buffer import open_zarr
 from policy.dataset.robomimic import ensure_zarr
@@ -130,6 +136,7 @@ def run(config, run_dir, resume=False):
     options = OmegaConf.to_container(config, resolve=True)
     model = build_model(options)  # before the data, whose rendering takes a minute: a wrong option shows at once
     print(describe_model(model) + "\n" + start_encoder(model, options))
+    check_dagger(options)
     with PartialState().main_process_first():  # the others find what it rendered
         path = locate_data(options["task"], options["cache_dir"])
     if "env_args" in options["task"]["env"]:  # rollouts happen in the environment that the data set is from
@@ -150,12 +157,18 @@ def run(config, run_dir, resume=False):
     )
     if resume:
         trainer.resume()
+    device = trainer.accelerator.device
     if is_policy and options["encoder"]["freeze"]:
-        cache_features(model, [d for d in (train_data, val_data) if d], device=trainer.accelerator.device)
+        cache_features(model, [d for d in (train_data, val_data) if d], device=device)
+    place_buffer(train_data.buffer, options["storage"], device)
     if trainer.accelerator.is_main_process:
         OmegaConf.save(OmegaConf.create(options), run_dir / "config.yaml")
         trainer.tracker = _tracker(options, run_dir)
-    trainer.fit()
+    if is_policy:
+        extend = partial(extend_dataset, train_data, config=options, policy=model, device=device)
+        fit_with_corrections(trainer, options, run_dir, extend=extend)
+    else:
+        trainer.fit()
     return trainer
 
 
@@ -182,8 +195,14 @@ def _tracker(options, run_dir):
         return lambda line: None
     import wandb
 
+    wandb.finish()  # the session of a sweep's job before, which would go on
     session = wandb.init(project=options["wandb"]["project"], mode=mode, dir=run_dir, config=options)
-    return lambda line: session.log(line, step=line["step"])
+
+    def log(line):
+        shown = {key: wandb.Image(str(value)) if isinstance(value, Path) else value for key, value in line.items()}
+        session.log(shown, step=line["step"])
+
+    return log
 
 
 def run_dir_for(resume, task, preset):
@@ -201,9 +220,11 @@ OmegaConf.register_new_resolver("cores", lambda most: min(os.cpu_count() or 1, m
 OmegaConf.register_new_resolver("given", lambda value: value != "none", replace=True)
 
 
-@hydra.main(config_path="config", config_name="typea", version_base="1.3")
 @command
-def main(config):
+def job(config):
+    """Train what hydra composed, in the folder that it made."""
+    if "RANK" not in os.environ:  # accelerate keeps precision and device for a whole process, which a sweep changes
+        AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=config.device == "cpu")
     run_dir = Path(broadcast_object_list([HydraConfig.get().runtime.output_dir])[0])
     resume = config.resume is not None
@@ -213,6 +234,23 @@ def main(config):
         raise ValueError("preset: got 'auto' among several, allowed: 'auto' alone, or paper, small, cpu, smoke")
     check_types(config)
     run(config, run_dir, resume)
+
+
+@hydra.main(config_path="config", config_name="typea", version_base="1.3")
+def main(config):
+    """One job. In a sweep one that fails says why and the others go on; only a signal ends them all."""
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
+        return job(config)
+    try:
+        return job(config)
+    except SystemExit as end:
+        if end.code != 1:
+            raise
+    except Exception:
+        traceback.print_exc()
+    # Here, without the frames of the error: hydra keeps what is raised to the end, and they hold the model.
+    raise HydraException(f"job {settings.job.num} of the sweep failed: {' '.join(settings.overrides.task)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""Sweeps: ``python train.py --multirun`` runs its jobs one after another in one process, or hands them to a cluster."""
+
+import gc
+import json
+import os
+import runpy
+import subprocess
+import sys
+import types
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from accelerate.state import AcceleratorState
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+import train
+from eval.command import command
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with demos.zarr: four episodes of 20 frames with images."""
+    folder = tmp_path_factory.mktemp("workplace")
+    rng = np.random.default_rng(0)
+    root = zarr.open_group(str(folder / "demos.zarr"), mode="w", zarr_format=2)
+    root.create_array("data/img", data=rng.integers(0, 256, (80, 96, 96, 3), dtype=np.uint8))
+    root.create_array("data/state", data=rng.uniform(50, 450, (80, 5)).astype(np.float32))
+    root.create_array("data/action", data=rng.uniform(50, 450, (80, 2)).astype(np.float32))
+    root.create_array("meta/episode_ends", data=np.arange(20, 81, 20))
+    return folder
+
+
+def arguments(workplace, *overrides):
+    """Command line of a sweep of two-step runs without rollouts."""
+    return [
+        "--config-dir=config/pusht",
+        "--multirun",
+        "training.max_steps=2",
+        "training.batch_size=16",
+        "training.log_every=1",
+        "rollout.episodes=0",
+        f"task.data={workplace}/demos.zarr",
+        f"cache_dir={workplace}/cache",
+        f"hydra.sweep.dir={workplace}/sweep",
+        *overrides,
+    ]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["train_loss"] for line in lines if "train_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def sweep(workplace):
+    """(folder, exit code, what was printed) of presets times precisions, one of which does not exist."""
+    swept = arguments(workplace, "preset=cpu,smoke", "training.precision=fp32,bf16,fp8,fp32")
+    with pytest.MonkeyPatch.context() as patch, open(workplace / "printed", "w+") as printed:
+        patch.setattr(sys, "argv", ["train.py", *swept])
+        patch.setattr(sys, "stderr", printed)
+        patch.chdir(ROOT)
+        patch.setenv("HYDRA_FULL_ERROR", "1")  # as train.py sets it for its own process
+        for name in ("RANK", "DEBUG"):
+            patch.delenv(name, raising=False)
+        GlobalHydra.instance().clear()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path("train.py", run_name="__main__")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        printed.seek(0)
+        return workplace / "sweep", end.value.code, printed.read()
+
+
+def test_every_job_has_a_folder_and_its_own_options(sweep):
+    folder, _, _ = sweep
+    jobs = [("cpu", "fp32"), ("cpu", "bf16"), None, ("cpu", "fp32"), ("smoke", "fp32"), ("smoke", "bf16"), None]
+    for number, job in enumerate([*jobs, ("smoke", "fp32")]):
+        run = folder / str(number)
+        assert (run / "metrics.jsonl").exists() == (job is not None)
+        if job is not None:
+            config = OmegaConf.load(run / "config.yaml")
+            assert (config.preset, config.training.precision) == job
+            assert (run / "checkpoints" / "last.safetensors").exists()
+
+
+def test_a_sweep_over_precisions_changes_them(sweep):
+    """And what a job computes does not depend on those before it."""
+    folder, _, _ = sweep
+    single, half, again = (losses(folder / number) for number in "013")
+    assert len(single) == 2 and single == again
+    assert half != single and np.allclose(half, single, rtol=0.1)
+
+
+def test_a_failed_job_says_why_and_the_others_go_on(sweep):
+    _, code, printed = sweep
+    assert code == 1
+    assert printed.count("error: precision: got 'fp8', allowed: fp32, bf16") == 2
+    assert "Traceback" not in printed
+    last = printed.rstrip().splitlines()[-1]
+    assert last.startswith("error: job 2 of the sweep failed: ") and "training.precision=fp8" in last
+
+
+# One job -------------------------------------------------------------------------------------------------------------
+
+
+def run_main(monkeypatch, fail, mode=RunMode.MULTIRUN):
+    """What ``main`` does with a job that calls ``fail``."""
+    settings = types.SimpleNamespace(mode=mode)
+    settings.job, settings.overrides = types.SimpleNamespace(num=3), types.SimpleNamespace(task=["seed=1", "crop=2"])
+    monkeypatch.setattr(train.HydraConfig, "get", lambda: settings)
+    monkeypatch.setattr(train, "job", command(lambda config: fail()))
+    return train.main.__wrapped__(OmegaConf.create())
+
+
+def test_a_failed_job_leaves_no_memory_behind(monkeypatch, capsys):
+    """Hydra keeps the error until the end of the sweep; the frames that it came from held a model."""
+
+    class Model:
+        pass
+
+    kept = []
+
+    def out_of_memory():
+        model = Model()
+        kept.append(weakref.ref(model))
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(HydraException, match="job 3 of the sweep failed: seed=1 crop=2") as raised:
+        run_main(monkeypatch, out_of_memory)
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
+    gc.collect()
+    assert raised.value.__context__ is None and kept[0]() is None
+
+
+def test_a_signal_ends_the_sweep(monkeypatch):
+    def interrupted():
+        raise SystemExit(130)
+
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, interrupted)
+    assert end.value.code == 130
+
+
+def test_outside_of_a_sweep_an_error_is_what_it_was(monkeypatch, capsys):
+    def wrong():
+        raise ValueError("crop: got 2")
+
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, wrong, RunMode.RUN)
+    assert capsys.readouterr().err == "error: crop: got 2\n"
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_the_state_of_accelerate_is_reset_only_in_a_process_of_its_own(monkeypatch, launched):
+    """Under torchrun it holds the connection to the other processes."""
+    resets = []
+
+    def stop(**options):
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(train.AcceleratorState, "_reset_state", lambda **options: resets.append(options))
+    monkeypatch.setattr(train, "PartialState", stop)
+    monkeypatch.setenv("RANK", "0") if launched else monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit):
+        train.job(OmegaConf.create({"device": "cpu"}))
+    assert resets == ([] if launched else [{"reset_partial_state": True}])
+
+
+def test_every_job_has_a_wandb_session_of_its_own(monkeypatch, tmp_path):
+    calls = []
+    fake = types.SimpleNamespace(finish=lambda: calls.append("finish"), init=lambda **options: calls.append("init"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        train._tracker({"wandb": {"mode": "offline", "project": "p"}}, tmp_path)
+    assert calls == ["finish", "init"] * 2
+
+
+# On a cluster --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_submitit_runs_the_jobs_in_processes_of_their_own(workplace):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install -e .[cluster]")
+    target = workplace / "cluster"
+    changes = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", f"hydra.sweep.dir={target}"]
+    swept = arguments(workplace, *changes, "preset=smoke", "training.precision=fp8,bf16")
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "DEBUG", "HYDRA_FULL_ERROR")}
+    result = subprocess.run(
+        [sys.executable, "train.py", *swept],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and "error: job 0 of the sweep failed" in result.stderr, result.stderr
+    assert not (target / "0" / "config.yaml").exists()
+    assert OmegaConf.load(target / "1" / "config.yaml").training.precision == "bf16" and len(losses(target / "1")) == 2
+    logs = [path.read_text() for path in (target / ".submitit").glob("*/*.err")]
+    assert sum("error: precision: got 'fp8', allowed: fp32, bf16" in log for log in logs) == 1
