@@ -33,11 +33,9 @@ def build_datasets(config, path):
     task, data, model = config["task"], config["data"], config["model"]
     shape_meta = task["shape_meta"]
     target = "keypoint" if model["name"] == "keypoints" else "action"
-    obs_meta = shape_meta["obs"]
-    if target == "keypoint":  # pre-training sees images only
-        obs_meta = {key: spec for key, spec in obs_meta.items() if spec["type"] == "rgb"}
-    sources = {**obs_meta, target: shape_meta[target]}
-    buffer = ReplayBuffer.open(path, sources, storage=config["storage"], cache_dir=config["cache_dir"])
+    sources = _sources(shape_meta, target)
+    buffer = _open_buffer(config, path, sources)
+    obs_meta = {key: spec for key, spec in sources.items() if key != target}
     train, val = split_episodes(
         buffer.num_episodes,
         val_ratio=data["val_ratio"],
@@ -68,16 +66,45 @@ def _edges(episode_ends):
     return np.column_stack([np.concatenate([[0], episode_ends[:-1]]), episode_ends])
 
 
-@torch.no_grad()
-def cache_features(policy, datasets, *, batch_size=256, device="cpu", precision="fp32"):
-    """Encode every frame of ``datasets`` once with the frozen encoder (centre crop) and let them read features.
+def _sources(shape_meta, target):
+    obs_meta = shape_meta["obs"]
+    if target == "keypoint":  # pre-training sees images only
+        obs_meta = {key: spec for key, spec in obs_meta.items() if spec["type"] == "rgb"}
+    return {**obs_meta, target: shape_meta[target]}
 
-    The images are dropped from the shared buffer: hundreds of MB that nothing reads any more.
-    """
+
+def _open_buffer(config, path, sources):
+    return ReplayBuffer.open(path, sources, storage=config["storage"], cache_dir=config["cache_dir"])
+
+
+def place_buffer(buffer, storage, device):
+    """Move the arrays to the training ``device`` if asked, or with "auto" to a GPU that has room for them."""
+    device = torch.device(device)
+    if storage == "auto" and device.type == "cuda":
+        size = sum(array.nbytes for array in buffer.arrays.values())
+        free = torch.cuda.mem_get_info(device)[0]
+        fits = size < free / 2  # the rest is for training
+        print(f"storage=auto -> {'device' if fits else 'ram'} ({size / 1e9:.1f} GB, {free / 1e9:.1f} GB free)")
+        storage = "device" if fits else "ram"
+    if storage == "device":
+        buffer.to(device)
+
+
+def extend_dataset(dataset, path, *, config, policy, device="cpu"):
+    """Add the episodes of the zarr at ``path`` to ``dataset``, whose buffer others may share."""
+    buffer = dataset.buffer
+    added = _open_buffer(config, path, _sources(config["task"]["shape_meta"], "action"))
+    if "features" in buffer.arrays:
+        added.arrays["features"] = encode_frames(policy, added, np.arange(added.num_frames), device=device)
+    first = buffer.num_episodes
+    buffer.extend(added)
+    dataset.use_episodes(np.concatenate([dataset.episodes, np.arange(first, buffer.num_episodes)]))
+
+
+@torch.no_grad()
+def encode_frames(policy, buffer, frames, *, batch_size=256, device="cpu", precision="fp32"):
+    """Camera features (F, feature_dim) float32 of ``frames`` of a buffer (centre crop), zeros for all others."""
     encoder = policy.encoder
-    buffer = datasets[0].buffer
-    episodes = np.concatenate([dataset.episodes for dataset in datasets])
-    frames = np.concatenate([np.arange(*edge) for edge in _edges(buffer.episode_ends)[episodes]])
     features = np.zeros((buffer.num_frames, encoder.feature_dim), np.float32)
     encoder.to(device).eval()
     with tqdm(total=len(frames), desc="encoding frames once", unit="frame", leave=False, dynamic_ncols=True) as bar:
@@ -86,8 +113,22 @@ def cache_features(policy, datasets, *, batch_size=256, device="cpu", precision=
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
                 features[chunk] = encoder.encode_images(images).float().cpu().numpy()
             bar.update(len(chunk))
-    for key in encoder.cameras:
+    return features
+
+
+def cache_features(policy, datasets, **options):
+    """Encode every frame of ``datasets`` once with the frozen encoder and let them read features instead of images.
+
+    Images that the decoder does not reconstruct are dropped from the shared buffer: nothing reads them any more.
+    options: of ``encode_frames``.
+    """
+    encoder, buffer = policy.encoder, datasets[0].buffer
+    episodes = np.concatenate([dataset.episodes for dataset in datasets])
+    frames = np.concatenate([np.arange(*edge) for edge in _edges(buffer.episode_ends)[episodes]])
+    features = encode_frames(policy, buffer, frames, **options)
+    reconstructed = [] if policy.decoder is None else [key for key in encoder.cameras if key in policy.decoder.shapes]
+    for key in set(encoder.cameras) - set(reconstructed):
         del buffer.arrays[key]
     buffer.arrays["features"] = features
     for dataset in datasets:
-        dataset.obs_keys = [*encoder.low_dim, "features"]
+        dataset.obs_keys = [*encoder.low_dim, "features", *reconstructed]

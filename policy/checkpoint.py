@@ -115,14 +115,20 @@ def load_model(run_or_checkpoint, device="cpu"):
     return model.to(device).eval()
 
 
-def load_policy(run_or_checkpoint, device="cpu"):
+def load_policy(
+    run_or_checkpoint, device="cpu", *, sampler=None, num_inference_steps=None, precision="fp32", cuda_graph=False
+):
     """The policy of a run folder or checkpoint file: EMA weights, normaliser inside, evaluation mode.
 
-    Raises FileNotFoundError or ValueError (not a checkpoint, damaged, or no policy).
+    sampler and num_inference_steps replace those of the training configuration (``DiffusionPolicy.set_sampler``);
+    precision and cuda_graph: see ``DiffusionPolicy.set_inference``. Raises FileNotFoundError or ValueError (not a
+    checkpoint, damaged, or no policy; impossible options).
     """
     model = load_model(run_or_checkpoint, device)
     if not hasattr(model, "sample"):
         raise ValueError(f"{run_or_checkpoint}: got a {model.config['model']['name']!r} checkpoint, allowed: a policy")
+    model.set_sampler(sampler, num_inference_steps)
+    model.set_inference(precision=precision, cuda_graph=cuda_graph)
     return model
 
 

@@ -1,10 +1,13 @@
 """Pictures of a run: losses and scores over the steps."""
 
 import json
+from fnmatch import filter as matching
 
-GROUPS = (  # title, keys of metrics.jsonl, logarithmic axis
+GROUPS = (  # title, patterns of keys of metrics.jsonl, logarithmic axis
     ("loss", ("train_loss", "val_loss"), True),
+    ("parts of the loss", ("train_diffusion", "train_decode_*"), True),
     ("score and success rate", ("score_mean", "success_rate"), False),
+    ("expert in the loop, by round", ("round_score", "round_success"), False),
     ("keypoint error (px)", ("train_px", "val_px"), True),
     ("learning rate", ("lr",), False),
 )
@@ -21,18 +24,22 @@ def plot_curves(run_dir):
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     lines = read_metrics(run_dir)
-    groups = [group for group in GROUPS if any(key in line for key in group[1] for line in lines)]
+    present = {key: None for line in lines for key in line}  # in order
+    groups = []
+    for title, patterns, logarithmic in GROUPS:
+        keys = [key for pattern in patterns for key in matching(present, pattern)]
+        if keys and not (title.startswith("parts") and len(keys) == 1):  # one part is the whole loss
+            groups.append((title, keys, logarithmic))
     if not groups:
         return None
     figure = Figure(figsize=(4.6 * len(groups), 3.6), layout="constrained")
     for axes, (title, keys, logarithmic) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
+            axes.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
         if logarithmic:
             axes.set_yscale("log")
-        if title.startswith("score"):
+        if "score" in keys[0]:
             axes.set_ylim(0, 1)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)

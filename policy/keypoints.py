@@ -44,6 +44,10 @@ class KeypointRegressor(nn.Module):
     def fit_normalizer(self, dataset):
         """Nothing to fit: images have a fixed range and the targets have a unit of their own."""
 
+    def compile_training(self):
+        """Compile what a training step spends its time in (torch.compile)."""
+        self.encoder.compile_cameras()
+
     def randomness(self, count, generator):
         """This loss draws nothing."""
         return {}

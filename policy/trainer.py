@@ -5,8 +5,9 @@ therefore needs only weights, optimizer moments and the step to go on bit for bi
 """
 
 import contextlib
-import json
+import functools
 import math
+import re
 import signal
 import time
 
@@ -15,11 +16,11 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from policy.checkpoint import LAST, load_checkpoint, load_weights, save_checkpoint
-from policy.curves import plot_curves
+from policy.checkpoint import load_weights
 from policy.dataset import epoch_order
 from policy.ema import EMA
 from policy.hashing import hashed_uniform
+from policy.run_folder import RunFolder
 
 VALIDATION_SEED = 1 << 40  # far from every training step
 
@@ -32,10 +33,10 @@ def cosine_schedule(step, *, total, warmup):
 
 
 def to_tensors(batch, device):
-    """Nested dictionaries of numpy arrays to tensors on ``device``."""
+    """Nested dictionaries of numpy arrays or tensors to tensors on ``device``."""
     if isinstance(batch, dict):
         return {key: to_tensors(value, device) for key, value in batch.items()}
-    return torch.from_numpy(batch).to(device, non_blocking=True)
+    return torch.as_tensor(batch).to(device, non_blocking=True)
 
 
 class Trainer:
@@ -48,8 +49,8 @@ class Trainer:
     def __init__(self, model, train_data, val_data, *, options, config, run_dir, evaluate=None, device="auto"):
         _check_options(options)
         self.accelerator = _accelerator(options.precision, device)
-        self.options, self.config, self.run_dir, self.evaluate = options, config, run_dir, evaluate
-        self.train_data, self.val_data = train_data, val_data
+        self.options, self.evaluate, self.val_data = options, evaluate, val_data
+        self.folder = RunFolder(run_dir, config, writes=self.accelerator.is_main_process)
         shard = self.accelerator.num_processes * options.gradient_accumulation
         if options.batch_size < 1 or options.batch_size % shard:
             raise ValueError(
@@ -60,6 +61,7 @@ class Trainer:
         if self.batch_size == 0:
             raise ValueError(f"training windows: got {len(train_data)}, allowed: at least {shard}")
         self.steps_per_epoch = len(train_data) // self.batch_size
+        self.set_training_data(train_data, since=0)
         self.total_steps = options.epochs * self.steps_per_epoch
         if options.max_steps is not None:
             self.total_steps = min(self.total_steps, options.max_steps)
@@ -79,12 +81,17 @@ class Trainer:
         )
         self.ema = EMA(model, power=options.ema.power, max_decay=options.ema.max_decay)
         self.raw_model = model
+        if options.compile:
+            model.compile_training()  # after the copy of EMA, which would share what is compiled
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.step = 0
-        self.scores = {}  # file name -> score of the kept best checkpoints
         self._stop = None
         self._pending = []
-        self._last_save = None
+
+    def set_training_data(self, data, *, since):
+        """Draw batches from ``data`` from step ``since`` on; an epoch, as a unit of time, stays what it was."""
+        self.train_data, self.data_since = data, since
+        self._order_epoch = None
 
     # The loop ------------------------------------------------------------------------------------------------
 
@@ -111,8 +118,10 @@ class Trainer:
                     bar.set_postfix_str(f"loss {self._log_training(rate):.4f}")
                 if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps:
                     self._end_epoch(math.ceil(self.step / self.steps_per_epoch))
-                if self._stop is not None:
+                if self._must_stop():
                     self._exit_on_signal()
+        except RuntimeError as error:
+            raise self._explain(error) from error
         finally:
             bar.close()
             for number, handler in previous.items():
@@ -121,7 +130,7 @@ class Trainer:
 
     def _train_step(self):
         options, accumulation = self.options, self.options.gradient_accumulation
-        epoch, position = divmod(self.step, self.steps_per_epoch)
+        epoch, position = divmod(self.step - self.data_since, len(self.train_data) // self.batch_size)
         order = self._epoch_order(epoch)
         indices = order[position * self.batch_size : (position + 1) * self.batch_size]
         generator = torch.Generator().manual_seed(self._step_seed(self.step))
@@ -150,7 +159,7 @@ class Trainer:
         self.step += 1
 
     def _epoch_order(self, epoch):
-        if getattr(self, "_order_epoch", None) != epoch:
+        if self._order_epoch != epoch:
             self._order_epoch = epoch
             self._order = epoch_order(
                 len(self.train_data), seed=self.options.seed, epoch=epoch, group=self.options.windows_per_group
@@ -177,21 +186,20 @@ class Trainer:
             raise FloatingPointError(
                 f"loss: got {values['loss']} at step {self.step}; the last checkpoint is untouched"
             )
-        self._log({**{f"train_{k}": v for k, v in values.items()}, "lr": self.optimizer.param_groups[0]["lr"]}, rate)
+        self.log({**{f"train_{k}": v for k, v in values.items()}, "lr": self.optimizer.param_groups[0]["lr"]}, rate)
         return values["loss"]
 
-    def _log(self, values, rate=None):
-        if not self.accelerator.is_main_process:
-            return
+    def log(self, values, rate=None):
+        """Write a line of metrics with the dictionary ``values``."""
         line = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **values}
         if rate is not None:
             line["steps_per_second"] = rate
-        with open(self.run_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.tracker(line)
+        self.folder.log(line)
+        if self.accelerator.is_main_process:
+            self.tracker(line)
 
     def tracker(self, line):
-        """Also hand each line to an experiment tracker; replaced by train.py when wandb is on."""
+        """Also hand each line to an experiment tracker, pictures as paths; replaced by train.py when wandb is on."""
 
     @torch.no_grad()
     def validate(self):
@@ -201,24 +209,37 @@ class Trainer:
         for number, start in enumerate(range(0, len(self.val_data), size)):
             if number == self.options.max_val_batches:
                 break
-            indices = np.arange(start, min(start + size, len(self.val_data)))
-            generator = torch.Generator().manual_seed(self._step_seed(VALIDATION_SEED + number))
-            randomness = self.ema.model.randomness(len(indices), generator)
-            randomness = {key: value.to(self.accelerator.device) for key, value in randomness.items()}
+            batch, randomness = self._validation_batch(number, np.arange(start, min(start + size, len(self.val_data))))
             with self.accelerator.autocast():
-                losses = self.ema.model(self._batch(self.val_data, indices, augment=False), randomness)
+                losses = self.ema.model(batch, randomness)
             for key, value in losses.items():
-                sums[key] = sums.get(key, 0.0) + value.item() * len(indices)
-            count += len(indices)
+                sums[key] = sums.get(key, 0.0) + value.item() * min(size, len(self.val_data) - start)
+            count += min(size, len(self.val_data) - start)
         return {f"val_{key}": value / count for key, value in sums.items()}
+
+    def _validation_batch(self, number, indices):
+        generator = torch.Generator().manual_seed(self._step_seed(VALIDATION_SEED + number))
+        randomness = to_tensors(self.ema.model.randomness(len(indices), generator), self.accelerator.device)
+        return self._batch(self.val_data, indices, augment=False), randomness
+
+    def _draw_reconstructions(self, epoch):
+        """A picture of what the decoder makes of held-out windows, {"reconstructions": path} for the tracker."""
+        if not hasattr(self.ema.model, "reconstruct") or not self.folder.writes:
+            return {}
+        spread = np.linspace(0, len(self.val_data) - 1, min(64, len(self.val_data))).astype(int)
+        with self.accelerator.autocast():
+            pairs = self.ema.model.reconstruct(*self._validation_batch(0, spread))
+        path = self.folder.save_reconstructions(epoch, pairs)
+        return {} if path is None else {"reconstructions": path}
 
     def _end_epoch(self, epoch):
         """Validation, rollouts, curves and checkpoints that are due after ``epoch`` epochs."""
         self._check_finite()  # a rollout with such weights would fail in words of its own
         options, last = self.options, self.step == self.total_steps
-        values = {}
+        values, pictures = {}, {}
         if self.val_data is not None and (epoch % options.val_every == 0 or last):
             values.update(self.validate())
+            pictures = self._draw_reconstructions(epoch)
         score = None
         if self.evaluate is not None and (epoch % options.rollout_every == 0 or last):
             if self.accelerator.is_main_process:
@@ -229,11 +250,13 @@ class Trainer:
                 score = metrics[options.score]
             self.accelerator.wait_for_everyone()
         if values:
-            self._log(values)
-            if self.accelerator.is_main_process:
-                plot_curves(self.run_dir)
+            self.log(values)
+            self.folder.plot()
+        if pictures and self.accelerator.is_main_process:
+            self.tracker({"step": self.step, **pictures})
         if score is not None:
-            self._keep_best(score)
+            weights = functools.partial(self._weights, self.ema.model, "ema")
+            self.folder.keep_best(self.step, score, weights, count=options.top_k)
         if epoch % options.checkpoint_every == 0 or last:
             self.save()
 
@@ -249,37 +272,19 @@ class Trainer:
 
     def save(self):
         """Write checkpoints/last.safetensors: all that resuming needs."""
-        if not self.accelerator.is_main_process or self._last_save == self.step:
-            return
         self._check_finite()
+        self.folder.save_last(self.step, self._all_tensors)
+
+    def _all_tensors(self):
         tensors = {**self._weights(self.raw_model, "model"), **self._weights(self.ema.model, "ema")}
         for name, parameter in zip(self.names, self.trained, strict=True):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        state = {"step": self.step, "scores": self.scores}
-        save_checkpoint(self.run_dir / "checkpoints" / LAST, tensors, config=self.config, state=state)
-        self._last_save = self.step
-
-    def _keep_best(self, score):
-        """Keep the EMA weights if ``score`` is among the ``top_k`` best so far."""
-        if self.options.top_k < 1:
-            return
-        folder = self.run_dir / "checkpoints"
-        name = f"step={self.step:08d}_score={score:.4f}.safetensors"
-        ranked = sorted([*self.scores.items(), (name, score)], key=lambda item: -item[1])
-        keep = dict(ranked[: self.options.top_k])
-        if name in keep:
-            state = {"step": self.step, "score": score}
-            save_checkpoint(folder / name, self._weights(self.ema.model, "ema"), config=self.config, state=state)
-        self.scores = keep
-        for file in folder.glob("step=*.safetensors"):
-            if file.name not in keep:
-                file.unlink()
+        return tensors
 
     def resume(self):
         """Continue from checkpoints/last.safetensors of the run folder; drops metrics logged after it."""
-        path = self.run_dir / "checkpoints" / LAST
-        tensors, _, state = load_checkpoint(path)
+        path, tensors, state = self.folder.load_last()
 
         def part(prefix):
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -293,33 +298,39 @@ class Trainer:
             step = values.pop("step")
             moments = {key: value.to(parameter.device) for key, value in values.items()}
             self.optimizer.state[parameter] = {"step": step.to(parameter.device), **moments}
-        # A run killed after that checkpoint may have replaced some of the best ones since.
-        self.scores = {name: score for name, score in state["scores"].items() if (path.parent / name).exists()}
         self.step = state["step"]
-        metrics = self.run_dir / "metrics.jsonl"
-        if self.accelerator.is_main_process and metrics.exists():
-            lines = [line for line in metrics.read_text().splitlines(keepends=True) if _before(line, self.step)]
-            metrics.write_text("".join(lines))
 
     def _request_stop(self, number, _frame):
         if self._stop is not None:  # asked twice: do not wait for the step to end
             raise SystemExit(128 + number)
         self._stop = number
 
+    def _must_stop(self):
+        """Whether a signal has arrived; several processes agree on it at log steps, so that all end at the same one."""
+        if self.accelerator.num_processes == 1:
+            return self._stop is not None
+        if self.step % self.options.log_every:
+            return False
+        asked = torch.tensor(self._stop or 0, device=self.accelerator.device)
+        self._stop = int(self.accelerator.gather(asked).max()) or None
+        return self._stop is not None
+
     def _exit_on_signal(self):
         self.save()
-        print(
-            f"\nstopped by {signal.Signals(self._stop).name} at step {self.step}; continue with resume={self.run_dir}"
-        )
+        name = signal.Signals(self._stop).name
+        if self.accelerator.is_main_process:
+            print(f"\nstopped by {name} at step {self.step}; continue with resume={self.folder.path}")
         raise SystemExit(128 + self._stop)
 
-
-def _before(line, step):
-    """Whether a line of metrics.jsonl belongs to the first ``step`` steps; a torn last line does not."""
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError):
-        return False
+    def _explain(self, error):
+        """``error``, or in its place one that says that another process is gone, if that is what it means."""
+        if self.accelerator.num_processes == 1 or not re.search("connection|peer|timed out|NCCL", str(error), re.I):
+            return error
+        rank = self.accelerator.process_index
+        return ConnectionError(
+            f"process {rank} of {self.accelerator.num_processes}: another one is gone (step {self.step}; {error});"
+            f" continue from the last checkpoint with resume={self.folder.path}"
+        )
 
 
 def _check_options(options):

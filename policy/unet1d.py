@@ -7,6 +7,7 @@ FiLM: arXiv 1709.07871. Every residual block is scaled and shifted by a linear m
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -30,7 +31,7 @@ def _conv_block(in_channels, out_channels, kernel_size, groups):
 
 
 class ResidualBlock(nn.Module):
-    """x (B, C, T), condition (B, K) -> (B, C', T): two convolutions, FiLM scale and shift between them."""
+    """x (B, C, T), film (B, 2C') -> (B, C', T): two convolutions, FiLM scale and shift between them."""
 
     def __init__(self, in_channels, out_channels, condition_dim, kernel_size, groups):
         super().__init__()
@@ -39,14 +40,14 @@ class ResidualBlock(nn.Module):
         self.second = _conv_block(out_channels, out_channels, kernel_size, groups)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv1d(in_channels, out_channels, 1)
 
-    def forward(self, x, condition):
-        scale, shift = self.film(condition)[..., None].chunk(2, dim=1)  # each (B, C', 1)
+    def forward(self, x, film):
+        scale, shift = film[..., None].chunk(2, dim=1)  # each (B, C', 1)
         # Multiplied by scale, not 1 + scale: the published form.
         return self.second(self.first(x) * scale + shift) + self.skip(x)
 
 
 class ConditionalUNet1D(nn.Module):
-    """Noise predictor: actions (B, T, Da), steps (B,), condition (B, K) -> (B, T, Da).
+    """Noise predictor of action chunks (B, T, Da) at diffusion steps (B,), conditioned on observations (B, K).
 
     widths: channels of the levels; T is halved between them, so it must be a multiple of 2 ** (levels - 1).
     """
@@ -58,6 +59,7 @@ class ConditionalUNet1D(nn.Module):
                 f"kernel_size, widths: got {kernel_size}, {list(widths)}, allowed: odd, multiples of groups {groups}"
             )
         self.multiple = 2 ** (len(widths) - 1)
+        self.widths, self.step_dim = list(widths), step_dim
         self.step_embedding = nn.Sequential(
             SinusoidalEmbedding(step_dim),
             nn.Linear(step_dim, 4 * step_dim),
@@ -84,18 +86,54 @@ class ConditionalUNet1D(nn.Module):
             _conv_block(widths[0], widths[0], kernel_size, groups), nn.Conv1d(widths[0], action_dim, 1)
         )
 
-    def forward(self, actions, steps, condition):
-        """actions (B, T, Da), steps (B,), condition (B, K) -> noise (B, T, Da)."""
-        condition = torch.cat([self.step_embedding(steps), condition], dim=-1)
+    def blocks(self):
+        """Residual blocks in the order in which they run."""
+        down = [block for level in self.down for block in level[:2]]
+        return [*down, *self.middle, *(block for level in self.up for block in level[:2])]
+
+    # The FiLM of a block is linear in Mish of [step embedding, observation], so that each half can be had by itself:
+    # that of the observation once a sample, that of the steps once a model.
+
+    def step_films(self, steps):
+        """steps (S,) -> the steps' part (S, 2C) of every block's FiLM."""
+        embedded = F.mish(self.step_embedding(steps))
+        return [F.linear(embedded, block.film[1].weight[:, : self.step_dim]) for block in self.blocks()]
+
+    def observation_films(self, condition):
+        """condition (B, K) -> the observation's part (B, 2C) of every block's FiLM."""
+        condition = F.mish(condition)
+        linears = [block.film[1] for block in self.blocks()]
+        return [F.linear(condition, linear.weight[:, self.step_dim :], linear.bias) for linear in linears]
+
+    def denoise(self, actions, films):
+        """actions (B, T, Da), FiLM (B, 2C) of every block -> (B, T, Da)."""
+        return self.denoise_and_bottleneck(actions, films)[0]
+
+    def denoise_and_bottleneck(self, actions, films):
+        """As ``denoise``, and the features (B, C, T') between the way down and the way up."""
+        films = iter(films)
         x = actions.transpose(1, 2)  # (B, Da, T)
         skips = []
         for first, second, downsample in self.down:
-            x = second(first(x, condition), condition)
+            x = second(first(x, next(films)), next(films))
             skips.append(x)
             x = downsample(x)
         for block in self.middle:
-            x = block(x, condition)
+            x = block(x, next(films))
+        bottleneck = x
         for first, second, upsample in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = upsample(second(first(x, condition), condition))
-        return self.out(x).transpose(1, 2)
+            x = upsample(second(first(x, next(films)), next(films)))
+        return self.out(x).transpose(1, 2), bottleneck
+
+    def films(self, steps, condition):
+        """FiLM (B * S, 2C) of every block for steps (B, S), S of each condition (B, K)."""
+        of_steps, of_observation = self.step_films(steps.flatten()), self.observation_films(condition)
+        return [
+            (ours.unflatten(0, steps.shape) + theirs[:, None]).flatten(0, 1)
+            for ours, theirs in zip(of_steps, of_observation, strict=True)
+        ]
+
+    def forward(self, actions, steps, condition):
+        """actions (B, T, Da), steps (B,), condition (B, K) -> noise (B, T, Da)."""
+        return self.denoise(actions, self.films(steps[:, None], condition))

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from policy import load_policy, trainer
+from policy import load_policy, run_folder, trainer
 from policy.build import build_model
 from policy.checkpoint import load_checkpoint
 from policy.curves import plot_curves, read_metrics
@@ -50,7 +50,7 @@ def own_accelerator():
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """Drawing is slow; the test of the curves calls it itself."""
-    monkeypatch.setattr(trainer, "plot_curves", lambda run_dir: None)
+    monkeypatch.setattr(run_folder, "plot_curves", lambda run_dir: None)
 
 
 def start(run_dir, *, fresh=0, evaluate=None, val=True, device="cpu", prepare=None, **changes):
@@ -154,7 +154,7 @@ def test_resume_is_exact(tmp_path, case):
     assert second.step == 5
     second.fit()
     assert_identical(everything(second), everything(straight))
-    assert second.scores == straight.scores and len(second.scores) == 2
+    assert second.folder.scores == straight.folder.scores and len(second.folder.scores) == 2
     assert not torch.equal(everything(straight)["model.denoiser.out.1.weight"], first.raw_model.denoiser.out[1].weight)
     lines = [read_metrics(tmp_path / name) for name in ("straight", "parts")]
     for one, other in zip(*lines, strict=True):
@@ -443,7 +443,7 @@ def test_validation_by_hand(tmp_path):
     assert [len(batch["action"]) for batch in batches] == [4, 3]
     assert not any("crop" in batch for batch in batches) and not run.ema.model.training
     assert not torch.equal(drawn[0]["noise"][:3], drawn[1]["noise"])
-    model = build_model(run.config)
+    model = build_model(run.folder.config)
     model.load_state_dict(run.ema.model.state_dict())
     model.eval()
     total = 0.0
@@ -578,13 +578,13 @@ def test_training_loss_is_the_mean_since_the_last_line(tmp_path):
 
 def test_checkpoint_every(tmp_path, monkeypatch):
     saved = []
-    save = trainer.save_checkpoint
+    save = run_folder.save_checkpoint
 
     def remember(path, *arguments, **options):
         saved.append(options["state"]["step"])
         save(path, *arguments, **options)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", remember)
+    monkeypatch.setattr(run_folder, "save_checkpoint", remember)
     start(tmp_path, checkpoint_every=3, epochs=7).fit()
     assert saved == [9, 18, 21]
 
@@ -657,13 +657,13 @@ def test_top_k(tmp_path, top_k, kept):
     seen = {}
     run = start(tmp_path, evaluate=evaluate, epochs=6, top_k=top_k)
     run.fit()
-    assert best(tmp_path) == kept and sorted(run.scores.values()) == sorted(kept.values())
+    assert best(tmp_path) == kept and sorted(run.folder.scores.values()) == sorted(kept.values())
     for file in (tmp_path / "checkpoints").glob("step=*.safetensors"):
         policy = load_policy(file)
         step = int(file.stem[5:13])
         assert_identical(policy.state_dict(), seen[step])
         tensors, config, state = load_checkpoint(file)
-        assert all(name.startswith("ema.") for name in tensors) and config == run.config
+        assert all(name.startswith("ema.") for name in tensors) and config == run.folder.config
         assert state == {"step": step, "score": kept[step]}
     assert (tmp_path / "checkpoints" / "last.safetensors").exists()
 
@@ -814,6 +814,6 @@ def test_curves(tmp_path):
 
 def test_a_run_draws_its_curves(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(trainer, "plot_curves", drawn.append)
+    monkeypatch.setattr(run_folder, "plot_curves", drawn.append)
     start(tmp_path).fit(stop_at=6)
     assert drawn == [tmp_path, tmp_path]

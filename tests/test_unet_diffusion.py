@@ -164,7 +164,7 @@ def test_loss_by_hand(relative):
     policy, data = fitted(tiny.policy(relative=relative))
     indices = np.array([0, 3, 17, 18, len(data) - 1])
     randomness = policy.randomness(5, torch.Generator().manual_seed(1))
-    assert randomness["noise"].shape == (5, 8, 2) and randomness["steps"].shape == (5,)
+    assert randomness["noise"].shape == (5, 1, 8, 2) and randomness["steps"].shape == (5, 1)
     got = policy(to_tensors(data.batch(indices), "cpu"), randomness)
 
     place, action = data.buffer.arrays["agent_pos"], data.buffer.arrays["action"]
@@ -176,11 +176,11 @@ def test_loss_by_hand(relative):
         target = by_hand(chunks, chunks.reshape(-1, 2))[indices]
     observed = place[data.windows[:, :2]]
     condition = by_hand(observed[indices], observed.reshape(-1, 2)).reshape(5, 4)
-    noise, steps = randomness["noise"].double().numpy(), randomness["steps"].numpy()
+    noise, steps = randomness["noise"][:, 0].double().numpy(), randomness["steps"][:, 0].numpy()
     kept = alphas_cumprod(20)[steps][:, None, None]
     noisy = np.sqrt(kept) * target + np.sqrt(1 - kept) * noise
     network = copy.deepcopy(policy.denoiser).double()
-    predicted = network(torch.from_numpy(noisy), randomness["steps"], torch.from_numpy(condition))
+    predicted = network(torch.from_numpy(noisy), randomness["steps"][:, 0], torch.from_numpy(condition))
     expected = ((predicted.detach().numpy() - noise) ** 2).mean()
     assert got["loss"].item() == pytest.approx(expected, rel=1e-5)
     assert got["diffusion"].item() == got["loss"].item() and not got["diffusion"].requires_grad
@@ -210,9 +210,10 @@ def test_loss_with_images_by_hand():
     condition = torch.stack(condition).reshape(3, -1)
     actions = data.buffer.arrays["action"]
     target = torch.from_numpy(by_hand(actions[data.windows[indices]], actions[data.windows].reshape(-1, 2)))
-    kept = torch.from_numpy(alphas_cumprod(20))[randomness["steps"]][:, None, None]
-    noisy = (kept.sqrt() * target + (1 - kept).sqrt() * randomness["noise"]).float()
-    expected = F.mse_loss(policy.denoiser(noisy, randomness["steps"], condition), randomness["noise"]).item()
+    noise, steps = randomness["noise"][:, 0], randomness["steps"][:, 0]
+    kept = torch.from_numpy(alphas_cumprod(20))[steps][:, None, None]
+    noisy = (kept.sqrt() * target + (1 - kept).sqrt() * noise).float()
+    expected = F.mse_loss(policy.denoiser(noisy, steps, condition), noise).item()
     assert got == pytest.approx(expected, rel=1e-4)
 
 
@@ -221,7 +222,7 @@ def test_randomness_is_a_function_of_the_generator():
     draws = [policy.randomness(500, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     for key in ("noise", "steps"):
         assert torch.equal(draws[0][key], draws[1][key]) and not torch.equal(draws[0][key], draws[2][key])
-    assert set(draws[0]["steps"].tolist()) == set(range(20))
+    assert set(draws[0]["steps"].flatten().tolist()) == set(range(20))
 
 
 def test_cached_features_give_the_same_loss():
@@ -281,14 +282,33 @@ class Oracle(nn.Module):
         self.target, self.kept, self.steps = target, alphas_cumprod(20), []
         self.unused = nn.Parameter(torch.zeros(()))  # tells the device
 
-    def forward(self, chunk, step, condition):
-        self.steps.append(int(step[0]))
-        kept = float(self.kept[self.steps[-1]])
-        return (chunk - kept**0.5 * self.target) / (1 - kept) ** 0.5
+    # "FiLM" is the step itself.
+    def step_films(self, steps):
+        return [steps[:, None]]
+
+    def observation_films(self, condition):
+        return [torch.zeros(len(condition), 1)]
+
+    def films(self, steps, condition):
+        return [steps.flatten()[:, None]]
+
+    def denoise(self, chunk, films):
+        steps = films[0][:, 0].int().tolist()
+        self.steps.append(steps[0])
+        kept = torch.tensor([self.kept[step] for step in steps], dtype=torch.float32)[:, None, None]
+        return self.predict(kept, (chunk - kept**0.5 * self.target) / (1 - kept) ** 0.5)
+
+    def predict(self, kept, noise):
+        return noise
+
+    def denoise_and_bottleneck(self, chunk, films):
+        return self.denoise(chunk, films), None
 
 
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 1), ("ddim", 5), ("ddim", 20), ("ddpm", 20), ("ddpm", 5)])
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("ddim", 1), ("ddim", 5), ("ddim", 20), ("ddpm", 20), ("ddpm", 5), ("dpmpp_2m", 4)]
+)
 def test_a_perfect_noise_predictor_leads_to_the_target(sampler, steps, relative):
     policy, _ = fitted(tiny.policy(sampler=sampler, relative=relative))
     target = torch.rand(3, 8, 2) * 1.8 - 0.9
@@ -310,9 +330,7 @@ class OtherOracle(Oracle):
         super().__init__(target)
         self.prediction = prediction
 
-    def forward(self, chunk, step, condition):
-        kept = torch.tensor([self.kept[int(s)] for s in step], dtype=torch.float32)[:, None, None]
-        noise = (chunk - kept**0.5 * self.target) / (1 - kept) ** 0.5
+    def predict(self, kept, noise):
         return self.target if self.prediction == "sample" else kept**0.5 * noise - (1 - kept) ** 0.5 * self.target
 
 
@@ -333,7 +351,8 @@ def test_other_predictions_train_and_sample_alike(prediction):
 def test_number_of_denoising_steps():
     policy, _ = fitted(tiny.policy())
     calls = []
-    policy.denoiser.register_forward_hook(lambda *arguments: calls.append(1))
+    policy.loop.packed_weights = None
+    policy.denoiser.out.register_forward_hook(lambda *arguments: calls.append(1))
     for asked, expected in ((None, 4), (1, 1), (7, 7), (20, 20)):
         calls.clear()
         policy.sample(observations(policy), num_inference_steps=asked)

@@ -35,6 +35,7 @@ TRAINING = {
     "eps": 1e-8,
     "weight_decay": 1e-2,
     "warmup_steps": 2,
+    "compile": False,
     "windows_per_group": 1,
     "ema": {"power": 0.75, "max_decay": 0.9999},
     "log_every": 1,

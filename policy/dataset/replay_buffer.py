@@ -9,15 +9,16 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 import zarr
 from tqdm import tqdm
 
-STORAGES = ("ram", "mmap")
+STORAGES = ("auto", "ram", "mmap", "device")
 BLOCK_BYTES = 64 << 20  # decoded at once, so that a large image array never exists twice
 
 
 class ReplayBuffer:
-    """arrays: {key: (F, ...)}, images uint8 (F, h, w, C); episode_ends: (E,) int64."""
+    """arrays: {key: (F, ...)}, images uint8 (F, h, w, C), of numpy or, after ``to``, of torch; episode_ends: (E,)."""
 
     def __init__(self, arrays, episode_ends, path="memory"):
         self.arrays = arrays
@@ -38,12 +39,33 @@ class ReplayBuffer:
     def num_episodes(self):
         return len(self.episode_ends)
 
+    def take(self, key, frames):
+        """Rows ``frames`` (any shape, int64) of an array, where it lies."""
+        array = self.arrays[key]
+        if isinstance(array, torch.Tensor):
+            frames = torch.from_numpy(frames).to(array.device, non_blocking=True)
+        return array[frames]
+
+    def to(self, device):
+        """Move all arrays to a torch device, so that batches are gathered there."""
+        self.arrays = {key: torch.as_tensor(array).to(device) for key, array in self.arrays.items()}
+
+    def extend(self, other):
+        """Append the episodes of ``other``, which has the same keys; numbers of frames and episodes stay valid."""
+        for key, array in self.arrays.items():
+            added = other.arrays[key]
+            if isinstance(array, torch.Tensor):
+                self.arrays[key] = torch.cat([array, torch.as_tensor(added).to(array.device)])
+            else:
+                self.arrays[key] = np.concatenate([array, added])
+        self.episode_ends = np.concatenate([self.episode_ends, self.num_frames + other.episode_ends])
+
     @classmethod
     def open(cls, path, sources, *, storage="ram", cache_dir=None):
         """Read ``sources`` = {key: {"source": zarr array, "shape": per frame, "type": ..., "columns": optional}}.
 
         type "rgb" arrays come back as uint8 (F, h, w, C), all others as float32; ``columns`` picks entries of the
-        last axis. storage "ram" decodes into memory; "mmap" decodes once into .npy files under ``cache_dir``.
+        last axis. storage "mmap" decodes once into .npy files under ``cache_dir``, all others into memory.
 
         Raises FileNotFoundError for a missing path; ValueError for anything that is not such a zarr, missing arrays
         (lists those present), wrong shapes, missing chunks, NaN or inf, or episode_ends that do not increase.

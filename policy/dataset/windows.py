@@ -10,6 +10,7 @@ Time table of a window whose second frame is "now" (T = 16, To = 2, Ta = 8), as 
 """
 
 import numpy as np
+import torch
 
 
 def window_frames(episode_ends, *, horizon, pad_before, pad_after, episodes=None):
@@ -80,7 +81,7 @@ def epoch_order(num_windows, *, seed, epoch, group=1):
 
 
 class WindowDataset:
-    """Windows of a replay buffer as batches of numpy arrays.
+    """Windows of a replay buffer as batches of arrays, of tensors where the buffer's are.
 
     obs_keys: keys of ``buffer.arrays`` that the policy observes; only the first ``obs_steps`` frames of a window are
     ever read for them.
@@ -91,10 +92,18 @@ class WindowDataset:
             raise ValueError(f"obs_steps: got {obs_steps}, allowed: 1 to the horizon {horizon}")
         self.buffer = buffer
         self.obs_keys = list(obs_keys)
-        self.obs_steps = obs_steps
-        self.episodes = np.arange(buffer.num_episodes) if episodes is None else np.asarray(episodes, dtype=np.int64)
+        self.obs_steps, self.horizon, self.pad_after = obs_steps, horizon, pad_after
+        self.use_episodes(np.arange(buffer.num_episodes) if episodes is None else episodes)
+
+    def use_episodes(self, episodes):
+        """Consist of the windows of these episode numbers."""
+        self.episodes = np.asarray(episodes, dtype=np.int64)
         self.windows = window_frames(
-            buffer.episode_ends, horizon=horizon, pad_before=obs_steps - 1, pad_after=pad_after, episodes=self.episodes
+            self.buffer.episode_ends,
+            horizon=self.horizon,
+            pad_before=self.obs_steps - 1,
+            pad_after=self.pad_after,
+            episodes=self.episodes,
         )
 
     def __len__(self):
@@ -109,10 +118,10 @@ class WindowDataset:
         windows = self.windows[indices]
         frame_id, position = np.unique(windows[:, : self.obs_steps], return_inverse=True)
         return {
-            "obs": {key: observed(self.buffer.arrays[key][frame_id]) for key in self.obs_keys},
+            "obs": {key: observed(self.buffer.take(key, frame_id)) for key in self.obs_keys},
             "frame": position.reshape(len(windows), self.obs_steps),
             "frame_id": frame_id,
-            "action": self.buffer.arrays["action"][windows],
+            "action": self.buffer.take("action", windows),
         }
 
 
@@ -131,10 +140,12 @@ class FrameDataset:
     def batch(self, indices):
         """{"obs": {key: (B, ...)}, target_key: (B, ...)}."""
         frames = self.frames[indices]
-        obs = {key: observed(self.buffer.arrays[key][frames]) for key in self.obs_keys}
-        return {"obs": obs, self.target_key: self.buffer.arrays[self.target_key][frames]}
+        obs = {key: observed(self.buffer.take(key, frames)) for key in self.obs_keys}
+        return {"obs": obs, self.target_key: self.buffer.take(self.target_key, frames)}
 
 
 def observed(array):
     """Images (..., h, w, C) as the view (..., C, h, w) that encoders take; anything else as it is."""
+    if isinstance(array, torch.Tensor):
+        return array.movedim(-1, -3) if array.dtype == torch.uint8 else array
     return np.moveaxis(array, -1, -3) if array.dtype == np.uint8 else array

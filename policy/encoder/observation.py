@@ -22,6 +22,11 @@ def crop_images(images, size, *, position=None):
     return images[frame, channel, row, column]
 
 
+def to_unit(images):
+    """Images of 0..255 as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
 class ObservationEncoder(nn.Module):
     """obs {key: (U, ...)} of U frames -> (U, out_dim): every camera's features, then the low-dim keys.
 
@@ -53,6 +58,11 @@ class ObservationEncoder(nn.Module):
         self.feature_dim = sum(encoder.out_dim for encoder in encoders.values())
         self.out_dim = self.feature_dim + sum(self.shapes[key][0] for key in self.low_dim)
 
+    def compile_cameras(self):
+        """Compile every camera's encoder; how many distinct frames a batch holds varies."""
+        for encoder in self.encoders.values():
+            encoder.compile(dynamic=True)
+
     def encode_images(self, obs, crop_position=None):
         """Camera part (U, feature_dim) of ``obs``."""
         features = []
@@ -60,8 +70,7 @@ class ObservationEncoder(nn.Module):
             images = obs[key]
             if self.crop is not None and self.crop < min(images.shape[-2:]):
                 images = crop_images(images, self.crop, position=crop_position)
-            images = images.float() / 127.5 - 1.0
-            features.append(self.encoders[key](images).float())
+            features.append(self.encoders[key](to_unit(images)).float())
         return torch.cat(features, dim=-1)
 
     def forward(self, obs, crop_position=None):

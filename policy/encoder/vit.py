@@ -51,6 +51,7 @@ class ViTEncoder(nn.Module):
     overridden; attention: {"name": ..., options}; pool: "mean" of the patch tokens after the final norm (published),
     "cls" token or "spatial_softmax"; out_dim: optional linear read-out. ``drop_remainder`` accepts an image that the
     patch size does not divide and ignores its last rows and columns, as the published encoder does silently.
+    ``gradient_checkpointing`` computes the blocks again in the backward pass instead of keeping what they hold.
 
     Raises ValueError for unknown options and sizes that do not fit.
     """
@@ -73,6 +74,7 @@ class ViTEncoder(nn.Module):
         drop_path=0.0,
         drop_remainder=False,
         pretrained=False,
+        gradient_checkpointing=False,
     ):
         super().__init__()
         _check_geometry(image_size, patch_size, stem, pool, drop_remainder)
@@ -95,6 +97,7 @@ class ViTEncoder(nn.Module):
             drop_path_rate=drop_path,
             **overrides,
         )
+        self.vit.set_grad_checkpointing(gradient_checkpointing)
         if any(_attention_parameters(block) != ATTENTION_PARAMETERS for block in self.vit.blocks):
             raise ValueError(
                 f"arch: got {arch!r}, allowed: a timm ViT whose attention is plain (qkv and proj with bias)"

@@ -1,0 +1,140 @@
+"""Samplers as tables: every step of DDPM, DDIM and DPM-Solver++ is the same linear update with other numbers.
+
+With clean0 = keep x + predict y the clean actions that the model's output y means, and clean = clip(clean0),
+
+    x <- x_weight x + clean_weight clean + raw_weight clean0 + last_weight (clean of the step before) + noise_weight z.
+
+So a sampling loop needs no scheduler object, no branches and nothing from the host. A test compares it with diffusers'
+schedulers. Sources: DDPM (arXiv 2006.11239, equations 6 and 7), DDIM (arXiv 2010.02502, equation 12, eta = 0),
+DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2); v-prediction: arXiv 2202.00512, appendix D.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from policy.registry import lookup
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")  # what the U-Net predicts: noise, clean actions, velocity
+
+
+class Step(NamedTuple):
+    """Numbers of one step, see above; timestep: the diffusion step that the model is told."""
+
+    timestep: int
+    keep: float
+    predict: float
+    x_weight: float
+    clean_weight: float
+    raw_weight: float = 0.0
+    last_weight: float = 0.0
+    noise_weight: float = 0.0
+
+
+def clean_from(prediction, level):
+    """(keep, predict) of clean = keep x + predict y, at signal level ``level`` (alpha-bar)."""
+    if prediction == "epsilon":
+        return level**-0.5, -(((1 - level) / level) ** 0.5)
+    if prediction == "v_prediction":
+        return level**0.5, -((1 - level) ** 0.5)
+    return 0.0, 1.0
+
+
+def ddpm_steps(timesteps, levels, after, prediction):
+    """All noise that the posterior has ("fixed_small"); alpha-bar before and ``after`` each step: (S,) each."""
+    for t, level, next_level in zip(timesteps, levels, after, strict=True):
+        alpha = level / next_level
+        variance = (1 - next_level) / (1 - level) * (1 - alpha)
+        yield Step(
+            timestep=int(t),
+            **_clean(prediction, level),
+            x_weight=alpha**0.5 * (1 - next_level) / (1 - level),
+            clean_weight=next_level**0.5 * (1 - alpha) / (1 - level),
+            noise_weight=max(variance, 1e-20) ** 0.5 if t > 0 else 0.0,
+        )
+
+
+def ddim_steps(timesteps, levels, after, prediction):
+    """Deterministic; the noise that is kept is that of the clean actions before clipping."""
+    for t, level, next_level in zip(timesteps, levels, after, strict=True):
+        noise = ((1 - next_level) / (1 - level)) ** 0.5  # of x - sqrt(level) clean0, to sqrt(1 - next_level) epsilon
+        yield Step(
+            timestep=int(t),
+            **_clean(prediction, level),
+            x_weight=noise,
+            clean_weight=next_level**0.5,
+            raw_weight=-noise * level**0.5,
+        )
+
+
+def dpmpp_2m_steps(timesteps, levels, after, prediction):
+    """Second-order multistep in the clean actions, first order at both ends."""
+    last_width = None
+    for t, level, next_level in zip(timesteps, levels, after, strict=True):
+        final = next_level == 1.0
+        width = np.inf if final else _log_ratio(next_level) - _log_ratio(level)
+        gain = next_level**0.5 * -np.expm1(-width)
+        second = 0.0 if final or last_width is None else width / last_width / 2
+        yield Step(
+            timestep=int(t),
+            **_clean(prediction, level),
+            x_weight=((1 - next_level) / (1 - level)) ** 0.5,
+            clean_weight=gain * (1 + second),
+            last_weight=-gain * second,
+        )
+        last_width = width
+
+
+def _log_ratio(level):
+    """lambda = log(alpha / sigma)."""
+    return np.log(level / (1 - level)) / 2
+
+
+def _clean(prediction, level):
+    return dict(zip(("keep", "predict"), clean_from(prediction, level), strict=True))
+
+
+SAMPLERS = {  # name: steps, the scheduler of diffusers whose spacing of the steps is used
+    "ddpm": (ddpm_steps, DDPMScheduler),
+    "ddim": (ddim_steps, DDIMScheduler),
+    "dpmpp_2m": (dpmpp_2m_steps, DPMSolverMultistepScheduler),
+}
+
+
+def diffusers_scheduler(name, noise_config):
+    """The scheduler of diffusers that the sampler ``name`` equals, for the training noise ``noise_config``."""
+    _, kind = lookup("sampler", name, SAMPLERS)
+    if kind is not DPMSolverMultistepScheduler:
+        return kind.from_config(noise_config)
+    # It does not know clip_sample, but thresholding at a largest value of 1 is the same.
+    return kind.from_config(
+        noise_config,
+        final_sigmas_type="zero",
+        thresholding=noise_config.get("clip_sample", False),
+        sample_max_value=1.0,
+    )
+
+
+def sampling_steps(name, noise_config, num_steps, *, first=0):
+    """``num_steps`` steps of the sampler ``name`` without the ``first`` ones, as a list of ``Step``.
+
+    noise_config: configuration of diffusers' ``DDPMScheduler`` that the model was trained with. Raises ValueError for
+    an unknown sampler or an impossible number.
+    """
+    steps, _ = lookup("sampler", name, SAMPLERS)
+    scheduler = diffusers_scheduler(name, noise_config)
+    levels = scheduler.alphas_cumprod.double().numpy()
+    if not 1 <= num_steps <= len(levels):
+        raise ValueError(f"num_inference_steps: got {num_steps}, allowed: 1 to {len(levels)} training steps")
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps.tolist()
+    if len(set(timesteps)) < num_steps:  # diffusers' rounding has made two of them one
+        raise ValueError(f"num_inference_steps: got {num_steps}, allowed with {name}: fewer than {len(levels)}")
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
+        after = [levels[t] for t in timesteps[1:]] + [1.0]
+    else:
+        stride = len(levels) // num_steps  # as diffusers has it, also where it does not divide
+        after = [levels[t - stride] if t >= stride else 1.0 for t in timesteps]
+    taken = slice(first, None)
+    return list(steps(timesteps[taken], levels[timesteps[taken]], after[taken], noise_config["prediction_type"]))
