@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from policy import unet1d_kernels as kernels
-from policy.attention.numba_tools import LANES
+from policy.numba_compile import openmp
+from policy.numba_tools import LANES
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS_LIMIT = 512  # batch x horizon up to which the kernels were faster than torch wherever measured
@@ -223,7 +224,7 @@ class _Plan:
         self.input[:, : actions.shape[2]] = actions.flatten(0, 1)
         self.film_addresses[:] = [film.data_ptr() for film in films]
         self.counters[:] = 0
-        threads, (parallel, barrier), function = torch.get_num_threads(), kernels.openmp(), kernels.compile_run()
+        threads, (parallel, barrier), function = torch.get_num_threads(), openmp(), kernels.compile_run()
         if threads > 1 and parallel is not None:
             self.task[kernels.BARRIER] = barrier
             parallel(function.address, self.task.ctypes.data, threads, 0)

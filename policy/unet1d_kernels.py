@@ -10,24 +10,19 @@ channel, step) with zeros for padding. There are two kinds of operation:
 The threads share the units of an operation through a counter and wait for each other behind it.
 """
 
-import ctypes
 import functools
 import math
-import pathlib
-import sys
-import threading
-import zlib
 
 import numpy as np
-import torch
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import cfunc, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from policy.attention import numba_tools
-from policy.attention.numba_tools import (
+from policy import numba_tools
+from policy.numba_compile import compile_function, sources
+from policy.numba_tools import (
     LANES,
     compiled,
     exp,
@@ -286,30 +281,15 @@ def run(task):
 
 
 def _compile(function, arguments):
-    """``function`` of ``arguments`` integers as a C function, which numba keeps on disk."""
-    patience = threading.Timer(1.0, print, ["compiling the U-Net (once, some seconds) ..."], {"file": sys.stderr})
-    patience.start()
-    signature = types.void(*[types.int64] * arguments)
-    try:
-        return cfunc(signature, cache=True, _nrt=False)(function)
-    except RuntimeError:  # no folder that can be written to
-        return cfunc(signature, _nrt=False)(function)
-    finally:
-        patience.cancel()
-
-
-@functools.cache
-def _tools():
-    """numba keeps code under its file's time and the values that it closes over: this one tells of the other file."""
-    return zlib.crc32(pathlib.Path(numba_tools.__file__).read_bytes())
+    return compile_function(function, types.void(*[types.int64] * arguments), "the U-Net")
 
 
 @functools.cache
 def compile_run():
-    tools = _tools()
+    files = sources(numba_tools)
 
     def call(task):
-        if tools:
+        if files:
             run(int64_array(pointer(task), (TASK_SIZE,)))
 
     return _compile(call, 1)
@@ -317,10 +297,10 @@ def compile_run():
 
 @functools.cache
 def compile_tile(tile, blocks, hop, half):
-    tools = _tools()
+    files = sources(numba_tools)
 
     def multiply(weights, block_bytes, x, width, data, stride, depth):
-        if tools:
+        if files:
             multiply_tile(weights, block_bytes, x, width, data, stride, depth, tile, blocks, hop, half)
 
     return _compile(multiply, 7).address
@@ -332,18 +312,3 @@ def tile_size(steps, blocks):
     rows = next(rows for rows in range(24 if wide else 4, 0, -1) if steps % rows == 0)
     most = 1 if not wide or rows > 12 else 2 if rows > 4 else 4
     return rows, next(count for count in (4, 2, 1) if count <= most and blocks % count == 0)
-
-
-@functools.cache
-def openmp():
-    """(a function that calls another in threads, its barrier's address) of GNU OpenMP in the library that torch uses.
-
-    (None, 0) where torch brings none (macOS): the kernels then run in one thread.
-    """
-    library = next((pathlib.Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"), None)
-    functions = ctypes.CDLL(str(library)) if library else None
-    if not hasattr(functions, "GOMP_parallel") or not hasattr(functions, "GOMP_barrier"):
-        return None, 0
-    parallel = functions.GOMP_parallel
-    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return parallel, ctypes.cast(functions.GOMP_barrier, ctypes.c_void_p).value

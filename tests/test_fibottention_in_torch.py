@@ -19,12 +19,12 @@ from fibottention_reference import BACKENDS, HEADS, attended, bitwise, build, ea
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from policy import numba_tools
 from policy.attention import (
     fibottention,
     fibottention_cpu,
     fibottention_mask,
     fibottention_tiles,
-    numba_tools,
 )
 from policy.attention.fibottention import diagonal_table
 from policy.attention.fibottention_sparse import sparse_backward, sparse_forward

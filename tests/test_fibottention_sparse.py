@@ -30,10 +30,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from policy import numba_tools
 from policy.attention import (
     fibottention,
     fibottention_cpu,
-    numba_tools,
     shuffle_heads,
     wythoff_offsets,
 )

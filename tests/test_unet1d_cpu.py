@@ -6,7 +6,7 @@ import numba.core.caching
 import pytest
 import torch
 
-from policy import unet1d_cpu, unet1d_kernels
+from policy import numba_compile, unet1d_cpu, unet1d_kernels
 from policy.unet1d import ConditionalUNet1D
 from policy.unet1d_cpu import PackedUNet, why_not
 
@@ -132,14 +132,14 @@ def test_without_openmp_one_thread_does_it_all(monkeypatch):
     model = unet()
     packed, (actions, films) = PackedUNet(model), inputs(model)
     expected = packed.denoise(actions, films)
-    monkeypatch.setattr(unet1d_kernels, "openmp", lambda: (None, 0))
+    monkeypatch.setattr(unet1d_cpu, "openmp", lambda: (None, 0))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert torch.equal(packed.denoise(actions, films), expected)
 
 
 def test_openmp_is_that_of_torch(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-    assert unet1d_kernels.openmp.__wrapped__() == (None, 0)
+    assert numba_compile.openmp.__wrapped__() == (None, 0)
 
 
 def test_kernels_compile_without_a_folder_to_keep_them_in(monkeypatch):

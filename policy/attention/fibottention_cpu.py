@@ -1,26 +1,23 @@
 """Fibottention on a CPU: compiles the kernels of fibottention_tiles.py and runs them in torch's threads.
 
-numba compiles a kernel for each head width, once: it is kept on disk. It runs in torch's own OpenMP threads: a second
-pool of threads would wait for the first one, which keeps its cores busy for a while after every operation of torch.
+numba compiles a kernel for each head width, once: it is kept on disk.
 """
 
 import ctypes
 import functools
 import itertools
 import math
-import pathlib
-import sys
 import threading
-import zlib
 
 import numpy as np
 import torch
-from numba import cfunc, types
+from numba import types
 
+from policy import numba_tools
 from policy.attention import fibottention_tiles as tiles
-from policy.attention import numba_tools
 from policy.attention.layout import empty_gradients, empty_output
-from policy.attention.numba_tools import LANES
+from policy.numba_compile import compile_function, openmp, sources
+from policy.numba_tools import LANES
 
 MAX_HEAD_WIDTH = 128
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,43 +26,18 @@ DTYPES = (torch.float32, torch.bfloat16)
 @functools.cache
 def _compile(direction, padded_width):
     """The kernel "forward" or "backward" as a C function of a task, for a head width that the compiler knows."""
-    # numba keeps the code of a function under its file's time and the values that it closes over: ``sources`` tells it
-    # of changes in the other files.
-    sources = sum(zlib.crc32(pathlib.Path(module.__file__).read_bytes()) for module in (tiles, numba_tools))
+    files = sources(tiles, numba_tools)
 
     def run_forward(task):
-        if sources:
+        if files:
             tiles.forward(numba_tools.int64_array(task, (tiles.TASK_SIZE,)), padded_width)
 
     def run_backward(task):
-        if sources:
+        if files:
             tiles.backward(numba_tools.int64_array(task, (tiles.TASK_SIZE,)), padded_width)
 
     run = {"forward": run_forward, "backward": run_backward}[direction]
-    signature = types.void(types.voidptr)
-    patience = threading.Timer(1.0, _announce, [direction, padded_width])
-    patience.start()
-    try:
-        return cfunc(signature, cache=True, _nrt=False)(run)
-    except RuntimeError:  # no folder that can be written to
-        return cfunc(signature, _nrt=False)(run)
-    finally:
-        patience.cancel()
-
-
-def _announce(direction, padded_width):
-    print(f"compiling Fibottention {direction}, heads of {padded_width} (once, some seconds) ...", file=sys.stderr)
-
-
-@functools.cache
-def _openmp_parallel():
-    """GNU OpenMP's entry point in the library that torch uses, or None where torch brings none (macOS)."""
-    library = next((pathlib.Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"), None)
-    function = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None) if library else None
-    if function is not None:
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        function.restype = None
-    return function
+    return compile_function(run, types.void(types.voidptr), f"Fibottention {direction}, heads of {padded_width}")
 
 
 def _run(direction, tensors, lse, table, *, prefix_tokens, masked_score, scale):
@@ -109,7 +81,7 @@ def _run(direction, tensors, lse, table, *, prefix_tokens, masked_score, scale):
     for number, tensor in enumerate(tensors):
         strides = [stride * tensor.element_size() for stride in tensor.stride()[:3]]
         task[tiles.Q + 4 * number : tiles.Q + 4 * number + 4] = tensor.data_ptr(), *strides
-    function, parallel = _compile(direction, padded_width), _openmp_parallel()
+    function, (parallel, _) = _compile(direction, padded_width), openmp()
     if threads > 1 and parallel is not None:
         parallel(function.address, task.ctypes.data, threads, 0)
         return

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from policy.attention.numba_tools import (
+from policy.numba_tools import (
     LANES,
     add_four_rows,
     bits32_array,
