@@ -44,14 +44,14 @@ class DenoisingLoop:
         """condition (B, K), start (B, T, Da), noise (draws, B, T, Da) -> denoised (B, T, Da), normalised."""
         self._check_weights(denoiser)
         films = denoiser.observation_films(condition)
-        key = tuple(step.timestep for step in steps)
+        key = (tuple(steps), torch.is_autocast_enabled(condition.device.type))
         if key not in self._tables:
-            timesteps = torch.tensor(key, device=condition.device)
+            timesteps = torch.tensor([step.timestep for step in steps], device=condition.device)
             self._tables[key] = list(zip(*denoiser.step_films(timesteps), strict=True))  # [step][block] (2C,)
         tables = self._tables[key]
         if not (self.cuda_graph and condition.is_cuda):
             return self._run(self._fastest(denoiser, start), start, noise, films, tables, steps)
-        key = (key, start.shape, torch.is_autocast_enabled("cuda"))
+        key = (key, start.shape)
         if key not in self._graphs:
             self._graphs[key] = GraphedCall(
                 lambda start, noise, *films: self._run(denoiser.denoise, start, noise, films, tables, steps),
@@ -72,7 +72,7 @@ class DenoisingLoop:
         """The function (x, films) -> prediction that is fastest here for as many rows."""
         if self.packed_weights is None or why_not(denoiser, start) is not None:
             return denoiser.denoise
-        if self._packed is None:
+        if self._packed is None or self._packed.weights != self.packed_weights:
             self._packed = PackedUNet(denoiser, weights=self.packed_weights)
         return self._packed.denoise
 

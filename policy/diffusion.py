@@ -168,6 +168,7 @@ class DiffusionPolicy(nn.Module):
         clean actions or of the velocity (arXiv 2202.00512, section 4), as the scheduler's prediction_type says;
         "decode_KEY" the weighted error of a reconstructed key (arXiv 2307.01849, section 3.3).
         """
+        self.loop.forget()  # fused optimizers change weights without counting it
         features = self.encoder(batch["obs"], batch.get("crop"))[batch["frame"]]  # (B, To, K)
         predicted, target, bottleneck = self._predict(batch, randomness, features)
         parts = {"diffusion": F.mse_loss(predicted, target)}
@@ -279,4 +280,4 @@ def _skipped(count, warm_start):
     """How many of ``count`` sampling steps a warm start leaves out."""
     if not 0 < warm_start <= 1:
         raise ValueError(f"warm_start: got {warm_start}, allowed: above 0, to 1")
-    return count - math.ceil(warm_start * count)
+    return count - math.ceil(round(warm_start * count, 9))  # 7 % of 100 are 7, not 7.000000000000001

@@ -20,4 +20,6 @@ def write_reconstructions(path, pairs):
     rows = [np.pad(row, ((0, 2), (0, width - row.shape[1]), (0, 0)), constant_values=1) for row in rows]
     pixels = np.clip((np.concatenate(rows) + 1) * 127.5, 0, 255).round().astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    partial = path.with_suffix(".partial")
+    Image.fromarray(pixels).save(partial, format="PNG")
+    partial.replace(path)

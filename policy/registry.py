@@ -1,6 +1,7 @@
 """Looking a name up in a small table, with an error that helps."""
 
 import difflib
+import inspect
 
 
 def lookup(kind, name, table):
@@ -10,3 +11,11 @@ def lookup(kind, name, table):
     near = difflib.get_close_matches(str(name), list(table), n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"{kind}: got {name!r}{hint}, allowed: {', '.join(sorted(table))}")
+
+
+def check_options(kind, name, options, constructor, *, without=()):
+    """Raise ValueError for ``options`` that ``constructor`` does not take, or that only we pass (``without``)."""
+    allowed = set(inspect.signature(constructor).parameters) - set(without)
+    unknown = sorted(set(options) - allowed)
+    if unknown:
+        raise ValueError(f"{kind} {name!r} options: got {', '.join(unknown)}, allowed: {', '.join(sorted(allowed))}")

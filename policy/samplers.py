@@ -12,6 +12,7 @@ DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2); v-prediction: arXiv 2202.00512,
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from policy.registry import lookup
@@ -116,14 +117,27 @@ def diffusers_scheduler(name, noise_config):
     )
 
 
+NOISE_OPTIONS = {  # of diffusers' schedulers, with the only value that the tables are for
+    "variance_type": "fixed_small",
+    "timestep_spacing": "leading",
+    "thresholding": False,
+    "clip_sample_range": 1.0,
+    "rescale_betas_zero_snr": False,
+}
+
+
 def sampling_steps(name, noise_config, num_steps, *, first=0):
     """``num_steps`` steps of the sampler ``name`` without the ``first`` ones, as a list of ``Step``.
 
     noise_config: configuration of diffusers' ``DDPMScheduler`` that the model was trained with. Raises ValueError for
-    an unknown sampler or an impossible number.
+    an unknown sampler, an impossible number, or options of the noise that these tables do not know.
     """
     steps, _ = lookup("sampler", name, SAMPLERS)
-    scheduler = diffusers_scheduler(name, noise_config)
+    for option, allowed in NOISE_OPTIONS.items():
+        if noise_config.get(option, allowed) != allowed:
+            raise ValueError(f"noise.{option}: got {noise_config[option]!r}, allowed: {allowed!r}")
+    with torch.device("cpu"):  # whatever the default is, as where a model is built without memory
+        scheduler = diffusers_scheduler(name, noise_config)
     levels = scheduler.alphas_cumprod.double().numpy()
     if not 1 <= num_steps <= len(levels):
         raise ValueError(f"num_inference_steps: got {num_steps}, allowed: 1 to {len(levels)} training steps")

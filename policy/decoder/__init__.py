@@ -1,7 +1,7 @@
 """State decoders behind one interface; a new one is one class, one line below and one config."""
 
-from policy.decoder.crossway import DecoderA, DecoderB, DecoderC, DecoderD
-from policy.registry import lookup
+from policy.decoder.crossway import DecoderA, DecoderB, DecoderC, DecoderD, StateDecoder
+from policy.registry import check_options, lookup
 
 __all__ = ["build_decoder", "list_decoders"]
 
@@ -14,6 +14,12 @@ def list_decoders():
 
 
 def build_decoder(name, **options):
-    """The decoder called ``name`` (policy.decoder.crossway.StateDecoder), None for "none"."""
+    """The decoder called ``name`` (policy.decoder.crossway.StateDecoder), None for "none".
+
+    Raises ValueError for an unknown name or option.
+    """
     decoder = lookup("decoder", name, DECODERS)
-    return decoder and decoder(**options)
+    if decoder is None:
+        return None
+    check_options("decoder", name, options, StateDecoder)
+    return decoder(**options)

@@ -53,7 +53,7 @@ class StateDecoder(nn.Module):
             raise ValueError(f"decoder.every: got {every}, allowed: >= 1")
         self.obs_steps, self.every, self.image_size, self.start_channels = obs_steps, every, image_size, start_channels
         self.weights = {key: weights.get(key, weight) for key in shape_meta}
-        negative = {key: value for key, value in self.weights.items() if value < 0}
+        negative = {key: value for key, value in self.weights.items() if not value >= 0}
         if negative:
             raise ValueError(f"decoder weight: got {negative}, allowed: >= 0")
         decodable = {key: spec for key, spec in shape_meta.items() if self.low_dim or spec["type"] == "rgb"}

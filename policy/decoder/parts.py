@@ -45,7 +45,12 @@ class ImageDecoder(nn.Module):
     def __init__(self, in_channels, shape, *, project=None, channels, code_channels, kernel_size, groups):
         super().__init__()
         image_channels, height, width = shape
-        if height % 2 or width % 2:
+        if kernel_size % 2 == 0 or groups < 1 or channels % groups or code_channels % 4:
+            raise ValueError(
+                f"decoder.kernel_size, channels, code_channels: got {kernel_size}, {channels}, {code_channels},"
+                f" allowed: odd, a multiple of groups {groups}, a multiple of 4"
+            )
+        if height % 2 or width % 2 or min(height, width) < 2:
             raise ValueError(f"decoder: got an image of {height}x{width} px, allowed: even sizes (decoder.image_size)")
         self.project = None
         if project is not None:

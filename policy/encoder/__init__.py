@@ -4,7 +4,7 @@ import inspect
 
 from policy.encoder.resnet import ResNet18Encoder
 from policy.encoder.vit import ViTEncoder
-from policy.registry import lookup
+from policy.registry import check_options, lookup
 
 __all__ = ["build_encoder", "list_encoders"]
 
@@ -23,11 +23,7 @@ def build_encoder(name, *, image_size, attention, **options):
     Raises ValueError for an unknown name or option.
     """
     encoder = lookup("encoder", name, ENCODERS)
-    parameters = inspect.signature(encoder).parameters
-    allowed = set(parameters) - {"image_size", "attention"}
-    unknown = sorted(set(options) - allowed)
-    if unknown:
-        raise ValueError(f"encoder {name!r} options: got {', '.join(unknown)}, allowed: {', '.join(sorted(allowed))}")
-    if "attention" in parameters:
+    check_options("encoder", name, options, encoder, without=("image_size", "attention"))
+    if "attention" in inspect.signature(encoder).parameters:
         options["attention"] = attention
     return encoder(image_size=image_size, **options)

@@ -1,0 +1,631 @@
+"""State decoders against an evaluation pixel by pixel (arXiv 2307.01849), and what they do to training."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from accelerate.state import AcceleratorState
+from hydra.errors import ConfigCompositionException
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from test_train_entry import FOLDERS, composed
+from test_trainer import assert_identical, everything, start
+
+from policy import run_folder
+from policy.build import build_model, cache_features
+from policy.checkpoint import load_policy, load_weights
+from policy.curves import plot_curves
+from policy.decoder import build_decoder, list_decoders
+from policy.decoder.parts import position_code
+from policy.pictures import write_reconstructions
+from policy.run_folder import RunFolder
+from policy.trainer import to_tensors
+
+TYPES = [name for name in list_decoders() if name != "none"]
+META = {**tiny.IMAGE, **tiny.LOW_DIM}
+OPTIONS = {
+    "weight": 0.1,
+    "weights": {},
+    "image_size": None,
+    "every": 1,
+    "start_channels": 6,
+    "channels": 8,
+    "code_channels": 8,
+    "kernel_size": 3,
+    "groups": 4,
+}
+
+
+def decoder_of(name, *, shape_meta=META, bottleneck=(16, 4), **changes):
+    """A decoder of the tiny policy's sizes: two observed steps, a condition of 7."""
+    torch.manual_seed(0)
+    sizes = {"obs_steps": 2, "bottleneck": bottleneck, "condition_dim": 7}
+    return build_decoder(name, shape_meta=shape_meta, **sizes, **{**OPTIONS, **changes})
+
+
+def inputs(batch=3, side=2):
+    generator = torch.Generator().manual_seed(1)
+    bottleneck = torch.randn(batch, 16, side * side, generator=generator, dtype=torch.float64)
+    return bottleneck, torch.randn(batch, 2, 7, generator=generator, dtype=torch.float64)
+
+
+def policy_with(name, *, images=True, seed=0, **changes):
+    """A tiny policy with that decoder ("plain": none is configured), and its windows, the normaliser fitted to them."""
+    model = {} if name == "plain" else {"decoder": {"name": name, **OPTIONS, **changes}}
+    config = tiny.policy_config(images=images, model=model)
+    torch.manual_seed(seed)
+    policy = build_model(config).eval()
+    data = tiny.window_data(config, tiny.replay_buffer(images=images))
+    policy.fit_normalizer(data)
+    return policy, data
+
+
+def batch_of(policy, data, indices=(0, 1, 9, 20), crop=0.0):
+    """Tensors and randomness of the loss; ``crop``: position of every crop."""
+    batch = to_tensors(data.batch(np.array(indices)), "cpu")
+    if policy.encoder.cameras:
+        batch["crop"] = torch.full((len(batch["frame_id"]), 2), crop)
+    return batch, policy.randomness(len(indices), torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Trainers may be made: curves are not drawn, and accelerate forgets the precision of this process."""
+    monkeypatch.setattr(run_folder, "plot_curves", lambda run_dir: None)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# By hand ---------------------------------------------------------------------------------------------------------
+
+
+def mish(x):
+    return x * torch.tanh(torch.log1p(torch.exp(x)))
+
+
+def convolve(x, weight, bias):
+    """x (C, h, w), weight (C', C, k, k), zeros around."""
+    pad = weight.shape[-1] // 2
+    channels, height, width = x.shape
+    wide = torch.zeros(channels, height + 2 * pad, width + 2 * pad, dtype=x.dtype)
+    wide[:, pad : pad + height, pad : pad + width] = x
+    out = bias[:, None, None].repeat(1, height, width)
+    for dy in range(weight.shape[-1]):
+        for dx in range(weight.shape[-1]):
+            out += torch.einsum("oc,chw->ohw", weight[:, :, dy, dx], wide[:, dy : dy + height, dx : dx + width])
+    return out
+
+
+def upsample(x, weight, bias):
+    """Transposed convolution x (C, h, w), weight (C, C', 4, 4), stride 2: every pixel is stamped, one row cut off."""
+    _, height, width = x.shape
+    out = torch.zeros(weight.shape[1], 2 * height + 2, 2 * width + 2, dtype=x.dtype)
+    for y in range(height):
+        for column in range(width):
+            stamp = torch.einsum("c,coyx->oyx", x[:, y, column], weight)
+            out[:, 2 * y : 2 * y + 4, 2 * column : 2 * column + 4] += stamp
+    return out[:, 1:-1, 1:-1] + bias[:, None, None]
+
+
+def code_by_hand(height, width, channels):
+    octaves = channels // 4
+    code = np.empty((4 * octaves, height, width))
+    for i in range(octaves):
+        for y in range(height):
+            for x in range(width):
+                row, column = 2 * y / (height - 1) - 1, 2 * x / (width - 1) - 1
+                angles = [math.pi * 2**i * row, math.pi * 2**i * column]
+                code[2 * i : 2 * i + 2, y, x] = np.sin(angles)
+                code[2 * (octaves + i) : 2 * (octaves + i) + 2, y, x] = np.cos(angles)
+    return code
+
+
+def image_by_hand(w, pixels, size, groups=4):
+    """The image (3, size, size) that pixels (C, r, r) become, from the weights ``w`` of an image decoder alone."""
+
+    def block(x, name):
+        x = convolve(x, w[f"{name}.0.weight"], w[f"{name}.0.bias"])
+        grouped = x.reshape(groups, -1)
+        mean, spread = grouped.mean(1, keepdim=True), (grouped.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        x = ((grouped - mean) / spread).reshape(x.shape)
+        return mish(x * w[f"{name}.1.weight"][:, None, None] + w[f"{name}.1.bias"][:, None, None])
+
+    def residual(x, name):
+        out = block(block(x, f"{name}.blocks.0"), f"{name}.blocks.1")
+        if f"{name}.skip.weight" in w:
+            x = convolve(x, w[f"{name}.skip.weight"], w[f"{name}.skip.bias"])
+        return out + x
+
+    half, side = size // 2, pixels.shape[1]
+    tiled = torch.stack([torch.stack([pixels[:, y % side, x % side] for x in range(half)], 1) for y in range(half)], 1)
+    if "project.0.weight" in w:  # of every pixel of the whole grid, as published
+        tiled = mish(convolve(tiled, w["project.0.weight"], w["project.0.bias"]))
+    x = torch.cat([tiled, torch.from_numpy(code_by_hand(half, half, OPTIONS["code_channels"]))])
+    x = upsample(residual(residual(x, "residual.0"), "residual.1"), w["residual.2.weight"], w["residual.2.bias"])
+    return convolve(block(x, "out.0"), w["out.1.weight"], w["out.1.bias"])
+
+
+def start_by_hand(name, w, bottleneck, condition):
+    """(pixels (C, r, r), vector) of one window's observed steps, one after another."""
+    channels, positions = bottleneck.shape
+    side = math.isqrt(positions)
+    for step in range(2):
+        if name == "a":
+            part = bottleneck[step * channels // 2 : (step + 1) * channels // 2, 0]
+            yield torch.stack([part[4 * c : 4 * c + 4].reshape(2, 2) for c in range(channels // 8)]), part
+        elif name == "d":
+            pixel = (w["reduce.0.weight"] @ condition[step] + w["reduce.0.bias"]).clamp_min(0)
+            yield torch.stack([torch.full((2, 2), value.item(), dtype=torch.float64) for value in pixel]), None
+        else:
+            kept = channels // 2 if name == "b" else channels
+            part = bottleneck[step * kept // 2 : (step + 1) * kept // 2]
+            yield torch.stack([row.reshape(side, side) for row in part]), part.sum(1) / positions
+
+
+def by_hand(decoder, name, bottleneck, condition):
+    weights = {key: value.double() for key, value in decoder.state_dict().items()}
+    result = {key: [] for key in decoder.shapes}
+    for window, observed in zip(bottleneck, condition, strict=True):
+        for pixels, vector in start_by_hand(name, weights, window, observed):
+            for key, values in result.items():
+                w = {k.split(key + ".")[1]: v for k, v in weights.items() if k.startswith(f"decoders.{key}.")}
+                if len(decoder.shapes[key]) == 3:
+                    values.append(image_by_hand(w, pixels, decoder.shapes[key][1]))
+                else:
+                    hidden = mish(w["2.weight"] @ mish(w["0.weight"] @ vector + w["0.bias"]) + w["2.bias"])
+                    values.append(w["4.weight"] @ hidden + w["4.bias"])
+    return {key: torch.stack(values).unflatten(0, (-1, 2)) for key, values in result.items()}
+
+
+@pytest.mark.parametrize("side", [2, 3])
+@pytest.mark.parametrize("image_size", [None, 10])  # of 5 pixels before upsampling only the third tile's half is there
+@pytest.mark.parametrize("name", TYPES)
+def test_equals_an_evaluation_by_hand(name, image_size, side):
+    decoder = decoder_of(name, image_size=image_size, bottleneck=(16, side * side)).double()
+    bottleneck, condition = inputs(batch=2, side=side)
+    with torch.no_grad():
+        got, expected = decoder(bottleneck, condition), by_hand(decoder, name, bottleneck, condition)
+    size = image_size or 12
+    shapes = {"image": (2, 2, 3, size, size), **({} if name == "d" else {"agent_pos": (2, 2, 2)})}
+    assert {key: tuple(value.shape) for key, value in got.items()} == shapes
+    for key, value in got.items():
+        torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-5)  # the code is float32
+
+
+def test_position_code():
+    code = position_code(5, 7, 16)
+    assert code.shape == (16, 5, 7)
+    np.testing.assert_allclose(code, code_by_hand(5, 7, 16), rtol=0, atol=1e-6)
+
+
+def test_what_of_the_bottleneck_each_type_reads():
+    """a: the first position; b: the first half of the channels; c: all; d: the condition instead."""
+    expected = {"a": np.s_[:, 0], "b": np.s_[:8], "c": np.s_[:], "d": np.s_[:0]}
+    assert set(expected) == set(TYPES)
+    for name, read in expected.items():
+        bottleneck, condition = (x.requires_grad_() for x in inputs(batch=1))
+        decoder_of(name).double()(bottleneck, condition)["image"].square().sum().backward()
+        gradient = torch.zeros(1, 16, 4) if bottleneck.grad is None else bottleneck.grad
+        mask = torch.zeros(16, 4, dtype=torch.bool)
+        mask[read] = True
+        assert torch.equal(gradient[0] != 0, mask)
+        assert (condition.grad is not None) == (name == "d")
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_windows_and_steps_do_not_mix(name):
+    decoder = decoder_of(name).double()
+    bottleneck, condition = inputs()
+    before = decoder(bottleneck, condition)
+    bottleneck[1], condition[1] = 0, 0
+    bottleneck[2, [4, 5, 6, 7] if name == "b" else slice(8, None)], condition[2, 1] = 0, 0  # its second step
+    for key, after in decoder(bottleneck, condition).items():
+        changed = (after - before[key]).flatten(2).abs().amax(2) > 1e-6
+        assert changed.tolist() == [[False, False], [True, True], [False, True]]
+
+
+# In the loss -----------------------------------------------------------------------------------------------------
+
+
+def decode_gradients(policy, batch, randomness):
+    """{parameter: gradient of the decoder's share of the loss}."""
+    gradients = []
+    for decoder in (policy.decoder, None):
+        policy.zero_grad()
+        policy.decoder, kept = decoder, policy.decoder
+        policy(batch, randomness)["loss"].backward()
+        gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in policy.named_parameters()})
+        policy.decoder = kept
+    return {name: value - gradients[1].get(name, 0) for name, value in gradients[0].items()}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_where_the_gradient_goes(name):
+    """The U-Net's way down and middle learn from a, b and c; its way up from none; the encoder from all."""
+    policy, data = policy_with(name, weight=3.0)
+    gradients = decode_gradients(policy, *batch_of(policy, data))
+    reached = {".".join(key.split(".")[:2]) for key, value in gradients.items() if value.abs().max() > 0}
+    unet = {"denoiser.down", "denoiser.middle", "denoiser.step_embedding"}
+    own = {"decoder.decoders"} | ({"decoder.reduce"} if name == "d" else set())
+    assert reached == {"encoder.encoders"} | own | (set() if name == "d" else unet)
+    unused = [key for key, value in gradients.items() if key.startswith("decoder.") and not value.abs().max() > 0]
+    assert not unused
+
+
+def test_types_differ():
+    """For the same weights of encoder and U-Net."""
+    losses, gradients = {}, {}
+    for name in TYPES:
+        policy, data = policy_with(name)
+        plain, _ = policy_with("plain")
+        policy.load_state_dict(plain.state_dict(), strict=False)
+        batch, randomness = batch_of(policy, data)
+        losses[name] = policy(batch, randomness)
+        shares = decode_gradients(policy, batch, randomness)
+        gradients[name] = torch.cat([value.flatten() for key, value in shares.items() if "encoders." in key])
+    assert len({value["diffusion"].item() for value in losses.values()}) == 1
+    assert len({round(value["loss"].item(), 4) for value in losses.values()}) == len(TYPES)
+    for i, one in enumerate(TYPES):
+        for other in TYPES[:i]:
+            apart = (gradients[one] - gradients[other]).norm() / gradients[one].norm()
+            assert apart > 0.01, (one, other)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_parts_of_the_loss_by_hand(name):
+    """Weighted errors of the normalised, uncropped observation; they and the diffusion loss add up to the total."""
+    weights = {"agent_pos": 0.7} if name != "d" else {}
+    policy, data = policy_with(name, weight=0.3, weights=weights)
+    indices = [0, 1, 9, 20]
+    batch, randomness = batch_of(policy, data, indices)
+    seen = []
+    hook = policy.decoder.register_forward_hook(lambda module, arguments, output: seen.append((arguments, output)))
+    with torch.no_grad():
+        losses = policy(batch, randomness)
+        hook.remove()
+        features = policy.encoder(batch["obs"], batch["crop"])[batch["frame"]]
+    (((bottleneck, condition), decoded),) = seen
+    assert torch.equal(condition, features) and bottleneck.shape == (4, 16, 4)
+
+    frames = data.windows[indices][:, :2]
+    arrays = data.buffer.arrays
+    place = arrays["agent_pos"][data.windows[:, :2]].reshape(-1, 2).astype(np.float64)
+    low, high = place.min(0), place.max(0)
+    targets = {
+        "image": arrays["image"][frames].transpose(0, 1, 4, 2, 3) / 127.5 - 1,
+        "agent_pos": 2 * (arrays["agent_pos"][frames] - low) / (high - low) - 1,
+    }
+    expected = {
+        f"decode_{key}": {"image": 0.3, "agent_pos": 0.7}[key] * ((values.double().numpy() - targets[key]) ** 2).mean()
+        for key, values in decoded.items()
+    }
+    assert set(losses) == {"loss", "diffusion", *expected} and len(expected) == (1 if name == "d" else 2)
+    for key, value in expected.items():
+        assert losses[key].item() == pytest.approx(value, rel=1e-4) and not losses[key].requires_grad
+    policy.decoder = None
+    assert losses["diffusion"].item() == pytest.approx(policy(batch, randomness)["loss"].item(), rel=1e-6)
+    assert losses["loss"].item() == pytest.approx(losses["diffusion"].item() + sum(expected.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_key_of_weight_0_is_not_decoded(name):
+    policy, data = policy_with(name, weights={"image": 0})
+    assert set(policy.decoder.shapes) == {"agent_pos"} == set(policy.decoder.decoders)
+    assert set(policy(*batch_of(policy, data))) == {"loss", "diffusion", "decode_agent_pos"}
+    other, _ = policy_with(name, weight=0, weights={"image": 2.0})
+    assert set(other.decoder.decoders) == {"image"}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_low_dim_and_image_keys_alone(name):
+    if name != "d":
+        policy, data = policy_with(name, images=False)
+        batch, randomness = batch_of(policy, data)
+        assert set(policy(batch, randomness)) == {"loss", "diffusion", "decode_agent_pos"}
+        assert policy.reconstruct(batch, randomness) == {}
+    decoder = decoder_of(name, shape_meta=tiny.IMAGE).double()
+    assert set(decoder(*inputs())) == {"image"}
+
+
+def test_the_crop_does_not_change_the_targets():
+    policy, data = policy_with("c")
+    (observed, first), (again, second) = (
+        policy.reconstruct(*batch_of(policy, data, crop=crop))["image"] for crop in (0.0, 0.9)
+    )
+    assert torch.equal(observed, again) and observed.shape == (4, 2, 3, 12, 12)
+    assert not torch.equal(first, second)  # the encoder did see another one
+
+
+def test_image_size_resizes_the_target():
+    """As PIL does it, with a filter as wide as the shrinking asks for."""
+    policy, data = policy_with("a", image_size=6)
+    indices = [3, 12]
+    observed, reconstructed = policy.reconstruct(*batch_of(policy, data, indices))["image"]
+    assert observed.shape == reconstructed.shape == (2, 2, 3, 6, 6)
+    frames = data.windows[indices][:, :2]
+    for row in range(2):
+        for step in range(2):
+            for channel in range(3):
+                pixels = data.buffer.arrays["image"][frames[row, step]][..., channel] / np.float32(127.5) - 1
+                small = Image.fromarray(pixels.astype(np.float32)).resize((6, 6), Image.Resampling.BILINEAR)
+                np.testing.assert_allclose(observed[row, step, channel], np.asarray(small), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_nth_window_is_reconstructed(name):
+    policy, data = policy_with(name)
+    batch, randomness = batch_of(policy, data, range(7))
+    every = policy.reconstruct(batch, randomness)["image"]
+    policy.decoder.every = 3
+    for got, expected in zip(policy.reconstruct(batch, randomness)["image"], every, strict=True):
+        torch.testing.assert_close(got, expected[[0, 3, 6]])
+    some = policy(batch, randomness)["decode_image"].item()
+    observed, reconstructed = (values[[0, 3, 6]] for values in every)
+    assert some == pytest.approx(0.1 * (observed - reconstructed).square().mean().item(), rel=1e-5)
+    fewer, _ = policy_with(name, every=3)
+    assert fewer.reconstruct(batch, randomness)["image"][0].shape[0] == 3
+
+
+def test_of_several_diffusion_steps_the_first_is_decoded():
+    policy, data = policy_with("c")
+    batch, randomness = batch_of(policy, data)
+    expected = policy.reconstruct(batch, randomness)["image"][1]
+    policy.timesteps_per_sample = 3
+    more = policy.randomness(4, torch.Generator().manual_seed(9))
+    more["noise"][:, 0], more["steps"][:, 0] = randomness["noise"][:, 0], randomness["steps"][:, 0]
+    torch.testing.assert_close(policy.reconstruct(batch, more)["image"][1], expected)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_sampling_leaves_the_decoder_out(name):
+    policy, _ = policy_with(name)
+    rng = np.random.default_rng(0)
+    obs = {"agent_pos": rng.uniform(0, 512, (2, 2, 2)), "image": rng.integers(0, 256, (2, 2, 3, 12, 12), np.uint8)}
+    calls = []
+    for module in policy.decoder.modules():
+        module.register_forward_hook(lambda *arguments: calls.append(1))
+    chunk = policy.sample(obs, generator=torch.Generator().manual_seed(0))
+    policy.decoder = None
+    assert torch.equal(policy.sample(obs, generator=torch.Generator().manual_seed(0)), chunk) and not calls
+
+
+def test_none_is_the_plain_policy():
+    (plain, data), (none, _) = policy_with("plain"), policy_with("none")
+    assert none.decoder is None and build_decoder("none", every=8) is None
+    assert_identical(none.state_dict(), plain.state_dict())
+    batch, randomness = batch_of(plain, data)
+    losses = none(batch, randomness)
+    assert set(losses) == {"loss", "diffusion"} and losses["loss"] == plain(batch, randomness)["loss"]
+    assert none.reconstruct(batch, randomness) == {}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_cached_features_keep_what_is_reconstructed(name):
+    policy, data = policy_with(name)
+    batch, randomness = batch_of(policy, data)
+    batch.pop("crop")
+    expected = policy(batch, randomness)
+    cache_features(policy, [data], batch_size=7)
+    assert data.obs_keys == ["agent_pos", "features", "image"]
+    again = policy(to_tensors(data.batch(np.array([0, 1, 9, 20])), "cpu"), randomness)
+    for key, value in expected.items():
+        torch.testing.assert_close(again[key], value)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_bf16_is_close(name):
+    policy, data = policy_with(name)
+    batch, randomness = batch_of(policy, data)
+    exact = policy(batch, randomness)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = policy(batch, randomness)
+    for key, value in exact.items():
+        assert rough[key].dtype == torch.float32 and rough[key].item() == pytest.approx(value.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_decoder_learns(name):
+    """Constant observations are reconstructed within some steps."""
+    policy, data = policy_with(name, weight=1.0)
+    data.buffer.arrays["image"][:] = 200
+    batch, randomness = batch_of(policy, data)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    first = policy(batch, randomness)["decode_image"]
+    for _ in range(30):
+        optimizer.zero_grad()
+        policy(batch, randomness)["loss"].backward()
+        optimizer.step()
+    assert policy(batch, randomness)["decode_image"] < 0.1 * first
+
+
+# Pictures, curves and checkpoints --------------------------------------------------------------------------------
+
+
+def test_pictures_show_pairs_of_the_last_step(tmp_path):
+    """Rows: observed above reconstructed, camera by camera; columns: the first 8 windows; narrower rows end white."""
+    generator = torch.Generator().manual_seed(0)
+    wide, narrow = (torch.rand(2, 10, 2, 3, size, size, generator=generator) * 2.4 - 1.2 for size in (6, 4))
+    path = tmp_path / "deeper" / "picture.png"
+    write_reconstructions(path, {"one": tuple(wide), "two": tuple(narrow)})
+    pixels = np.asarray(Image.open(path)).astype(int)
+    assert pixels.shape == (2 * 8 + 2 * 6, 48, 3)
+    top = 0
+    for images, size in ((wide, 6), (narrow, 4)):
+        for row in images:
+            for column in range(8):
+                shown = pixels[top : top + size, column * size : (column + 1) * size]
+                expected = ((row[column, 1].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+                assert np.abs(shown - expected).max() <= 0.51
+            assert (pixels[top : top + size, 8 * size :] == 255).all()
+            top += size + 2
+            assert (pixels[top - 2 : top] == 255).all()
+
+
+def test_a_run_folder_writes_pictures_only_where_it_may(tmp_path):
+    pairs = {"image": (torch.zeros(1, 1, 3, 4, 4),) * 2}
+    path = RunFolder(tmp_path, {}, writes=True).save_reconstructions(3, pairs)
+    assert path == tmp_path / "reconstructions" / "epoch_0003.png" and path.exists()
+    assert RunFolder(tmp_path, {}, writes=True).save_reconstructions(4, {}) is None
+    assert RunFolder(tmp_path, {}, writes=False).save_reconstructions(5, pairs) is None
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_a_run_logs_parts_draws_pictures_and_resumes_exactly(tmp_path, runs):
+    model = {"decoder": {"name": "b", **OPTIONS}}
+    straight = start(tmp_path / "straight", images=True, model=model, epochs=2)
+    lines = []
+    straight.tracker = lines.append
+    straight.fit()
+    assert all({"train_decode_image", "train_decode_agent_pos"} <= set(line) for line in lines if "lr" in line)
+    (validation,) = (line for line in lines if line["step"] == 3 and "val_loss" in line)
+    parts = [validation[f"val_{key}"] for key in ("diffusion", "decode_image", "decode_agent_pos")]
+    assert validation["val_loss"] == pytest.approx(sum(parts), rel=1e-5)
+    pictures = [line["reconstructions"] for line in lines if "reconstructions" in line]
+    assert [picture.name for picture in pictures] == ["epoch_0001.png", "epoch_0002.png"]
+    assert np.asarray(Image.open(pictures[0])).shape == (2 * 14, 7 * 12, 3)  # all 7 held-out windows
+    start(tmp_path / "parts", images=True, model=model, epochs=2).fit(stop_at=2)
+    second = start(tmp_path / "parts", images=True, model=model, epochs=2, fresh=5)
+    second.resume()
+    second.fit()
+    assert_identical(everything(straight), everything(second))
+    loaded = load_policy(tmp_path / "parts")
+    assert_identical(loaded.state_dict(), straight.ema.model.state_dict())
+    refused = start(tmp_path / "parts", images=True, model={"decoder": {"name": "d", **OPTIONS}}, epochs=2)
+    before = {key: value.clone() for key, value in refused.raw_model.state_dict().items()}
+    with pytest.raises(ValueError, match="missing: decoder.reduce.*unexpected: decoder.decoders.agent_pos"):
+        refused.resume()
+    assert_identical(refused.raw_model.state_dict(), before)
+    assert_identical(load_policy(tmp_path / "parts").state_dict(), straight.ema.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ("a", "plain", "unexpected: decoder.decoders.agent_pos.0.bias"),
+        ("plain", "a", "missing: decoder.decoders.agent_pos.0.bias"),
+        ("a", "c", "missing: decoder.decoders.image.project.0.bias"),
+        ("b", "c", r"shapes: decoder.decoders.agent_pos.0.weight: got \(8, 4\), allowed \(8, 8\)"),
+    ],
+)
+def test_weights_of_another_decoder_are_refused(source, target, message):
+    model = policy_with(target)[0]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, policy_with(source, seed=1)[0].state_dict(), "file")
+    assert_identical(model.state_dict(), before)
+
+
+def test_curves_show_the_parts_when_there_are_several(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **options: drawn.append((options["label"], y)))
+    monkeypatch.setattr(Axes, "legend", lambda axes: None)
+    monkeypatch.setattr(Figure, "savefig", lambda *arguments, **options: None)
+    line = '{"step": 1, "train_loss": 0.5, "train_diffusion": 0.4%s}\n'
+    (tmp_path / "metrics.jsonl").write_text(line % "")
+    plot_curves(tmp_path)
+    assert [name for name, _ in drawn] == ["train_loss"]
+    drawn.clear()
+    (tmp_path / "metrics.jsonl").write_text(line % ', "train_decode_image": 0.1')
+    plot_curves(tmp_path)
+    assert drawn == [("train_loss", (0.5,)), ("train_diffusion", (0.4,)), ("train_decode_image", (0.1,))]
+
+
+# Errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("d", {"shape_meta": tiny.LOW_DIM}, "got no key to decode, allowed: a type that decodes images with at least"),
+        ("a", {"weight": 0}, "got no key to decode.*images and low-dim keys"),
+        ("d", {"weights": {"image": 0}}, "got no key to decode"),
+        ("b", {"weights": {"image": -1}}, "decoder weight: got {'image': -1}, allowed: >= 0"),
+        ("c", {"weight": -0.1}, "decoder weight: got .*-0.1.*allowed: >= 0"),
+        ("a", {"weights": {"imag": 1}}, "decoder.weights: got imag, allowed: agent_pos, image"),
+        ("a", {"image_size": -2}, "got an image of -2x-2 px, allowed: even sizes"),
+        ("a", {"kernel_size": 4}, "kernel_size, channels, code_channels: got 4, 8, 8, allowed: odd, a multiple of"),
+        ("b", {"channels": 6}, "got 3, 6, 8, allowed: odd, a multiple of groups 4, a multiple of 4"),
+        ("d", {"code_channels": 10}, "got 3, 8, 10, allowed"),
+        ("a", {"image_size": 7}, "got an image of 7x7 px, allowed: even sizes"),
+        ("d", {"shape_meta": {"image": {"type": "rgb", "shape": [3, 11, 12]}}}, "got an image of 11x12 px"),
+        ("a", {"bottleneck": (12, 4)}, "got 12 bottleneck channels, allowed: a multiple of 8"),
+        ("b", {"bottleneck": (18, 4)}, "got 18 bottleneck channels, allowed: a multiple of 4"),
+        ("c", {"bottleneck": (17, 4)}, "got 17 bottleneck channels, allowed: a multiple of 2"),
+        ("b", {"bottleneck": (16, 8)}, "got 8 positions in the bottleneck, allowed: a square number"),
+        ("c", {"bottleneck": (16, 2)}, "got 2 positions in the bottleneck, allowed: a square number"),
+        ("a", {"every": 0}, "decoder.every: got 0, allowed: >= 1"),
+        ("e", {}, "decoder: got 'e', allowed: a, b, c, d, none"),
+    ],
+)
+def test_impossible_decoders_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        decoder_of(name, **options)
+
+
+# Configurations --------------------------------------------------------------------------------------------------
+
+
+def flat(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("preset", ["paper", "small", "cpu"])
+def test_types_of_a_task_differ_in_the_decoder_alone(folder, preset):
+    configs = {name: dict(flat(composed(folder, f"type{name}", f"preset={preset}"))) for name in TYPES}
+    for name, config in configs.items():
+        different = {key for key in config.keys() | configs["a"].keys() if config.get(key) != configs["a"].get(key)}
+        assert different == (set() if name == "a" else {"decoder.name", "model.decoder.name"})
+        assert config["model.decoder.name"] == name
+    cpu = preset == "cpu"
+    assert configs["b"]["model.decoder.every"] == (8 if cpu else 1)
+    assert configs["b"]["model.decoder.channels"] == (32 if cpu else 128)
+
+
+def test_the_decoder_is_an_option_of_every_configuration():
+    folder = next(folder for folder in FOLDERS if folder.name == "pusht")
+    for preset in ("paper", "cpu"):
+        config = composed(folder, "typea", "decoder=none", f"preset={preset}")
+        with torch.device("meta"):
+            assert build_model(config).decoder is None
+    with pytest.raises(ConfigCompositionException, match="Could not find 'decoder/e'"):
+        composed(folder, "typea", "decoder=e")
+
+
+IMAGE_PARAMETERS = (  # 256 + 64 channels to 128, with a 1x1 beside
+    (25 * 320 * 128 + 128 + 256) + (25 * 128 * 128 + 128 + 256) + (320 * 128 + 128)
+    + 2 * (25 * 128 * 128 + 128 + 256)  # the second residual block
+    + (16 * 128 * 128 + 128)  # upsampled
+    + (25 * 128 * 128 + 128 + 256) + (128 * 3 + 3)
+)  # fmt: skip
+
+
+def low_dim_parameters(channels, size):
+    return channels * 4 * size + 4 * size + 4 * size * 2 * size + 2 * size + 2 * size * size + size
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a", IMAGE_PARAMETERS + low_dim_parameters(1024, 2)),
+        ("b", IMAGE_PARAMETERS + 512 * 256 + 256 + low_dim_parameters(512, 2)),
+        ("c", IMAGE_PARAMETERS + 1024 * 256 + 256 + low_dim_parameters(1024, 2)),
+        ("d", IMAGE_PARAMETERS + 770 * 256 + 256),
+    ],
+)
+def test_published_sizes(name, expected):
+    """U-Net 512/1024/2048 over 16 steps, so 2048 x 4; images of 96 px; conditions of 768 + 2."""
+    assert IMAGE_PARAMETERS == 2_968_067 and low_dim_parameters(1024, 2) == 8_246
+    folder = next(folder for folder in FOLDERS if folder.name == "pusht")
+    with torch.device("meta"):
+        decoder = build_model(composed(folder, f"type{name}", "preset=paper")).decoder
+    assert sum(p.numel() for p in decoder.parameters()) == expected
+    assert decoder.decoders["image"].code.shape == (64, 48, 48)
