@@ -10,7 +10,7 @@ from policy.attention.fibottention import (
     wythoff_offsets,
 )
 from policy.attention.softmax import SoftmaxAttention
-from policy.registry import lookup
+from policy.registry import check_options, lookup
 
 __all__ = [
     "build_attention",
@@ -47,11 +47,8 @@ def build_attention(name, *, dim, num_heads, num_patches, grid, layer, depth, pr
         "prefix_tokens": prefix_tokens,
     }
     mechanism = lookup("attention", name, ATTENTIONS)
+    check_options("attention", name, options, mechanism, without=geometry)
     parameters = inspect.signature(mechanism).parameters
-    unknown = sorted(set(options) - (set(parameters) - set(geometry)))
-    if unknown:
-        allowed = sorted(set(parameters) - set(geometry))
-        raise ValueError(f"attention {name!r} options: got {', '.join(unknown)}, allowed: {', '.join(allowed)}")
     # A mechanism names the parts of the geometry that it needs.
     wanted = {key: value for key, value in geometry.items() if key in parameters}
     return mechanism(**wanted, **options)
