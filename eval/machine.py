@@ -28,6 +28,20 @@ def choose_device(name):
     return ("cuda" if available else "cpu") if name == "auto" else name
 
 
+def check_choices(**options):
+    """Raise ValueError unless each {option: (value, allowed)} has an allowed value."""
+    for name, (value, allowed) in options.items():
+        if value not in allowed:
+            raise ValueError(f"--{name.replace('_', '-')}: got {value!r}, allowed: {', '.join(allowed)}")
+
+
+def check_positive(**options):
+    """Raise ValueError unless each {option: number} is positive or None."""
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')}: got {value}, allowed: > 0")
+
+
 def describe_machine(device):
     """{"device", "name", "cores", "threads", "memory_gb", "python", "torch", "cuda", "commit"} of this run."""
     if device == "cuda":
@@ -147,6 +161,35 @@ def fix_allocation():
         mallopt(trim_threshold, -1)
 
 
+# Limits --------------------------------------------------------------------------------------------------------------
+
+
+def copy_bandwidth(device):
+    """Bytes a second of copying a large float32 tensor, read and written bytes together, the best of several runs."""
+    source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)  # 1 GiB, 128 MiB: beyond all caches
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+
+
+def read_bandwidth(device):
+    """Bytes a second of reading a float32 tensor of 1 GiB with all threads, the best of several runs."""
+    source = torch.ones(2**28, device=device)
+    return source.nbytes / _fastest(source.sum, device)
+
+
+def multiply_rate(device, dtype):
+    """Floating-point operations a second of multiplying square matrices of torch's ``dtype``, the best of runs."""
+    size = 8192 if device == "cuda" else 2048
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / _fastest(lambda: left @ right, device)
+
+
+def _fastest(call, device):
+    call()
+    return min(timed(call, device) for _ in range(10))
+
+
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
@@ -177,12 +220,15 @@ def peak_memory(call, device):
     return max(_proc_bytes("/proc/self/status", "VmHWM") - before, 0)
 
 
-def copy_bandwidth(device):
-    """Bytes a second of copying a large float32 tensor, read and written bytes together, the best of several runs."""
-    source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)  # 1 GiB, 128 MiB: beyond all caches
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(10))
+def resident_memory():
+    """Bytes that this process and its children hold, shared pages counted once; None where the kernel does not tell."""
+    own = Path("/proc/self/task").glob("*/children")
+    try:
+        children = [pid for path in own for pid in path.read_text().split()]
+    except OSError:
+        return None
+    sizes = [_proc_bytes(f"/proc/{pid}/smaps_rollup", "Pss") for pid in ("self", *children)]
+    return None if sizes[0] is None else sum(size or 0 for size in sizes)
 
 
 def compare(calls, notes, *, baseline, seconds, device):

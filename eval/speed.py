@@ -3,6 +3,9 @@
     python -m eval.speed attention
     python -m eval.speed encoder
     python -m eval.speed rollout --checkpoint RUN_OR_FILE
+    python -m eval.speed sample                          (or --checkpoint RUN_OR_FILE)
+    python -m eval.speed train
+    python -m eval.speed load --data human
 
 What is compared is measured in the same run, in turns: two runs on one machine can differ by more than two methods.
 """
@@ -15,16 +18,22 @@ from pathlib import Path
 
 import torch
 
+from eval import load_speed, sample_speed, train_speed
 from eval.attention_speed import markdown, markdown_table, measure_attention, plot
 from eval.command import command
 from eval.encoder_speed import cells, measure_encoder
-from eval.machine import choose_device, copy_bandwidth, describe_machine, fix_allocation
+from eval.machine import check_choices, check_positive, choose_device, copy_bandwidth, describe_machine, fix_allocation
 from eval.rollout import loop_options
 from eval.rollout_speed import cells as rollout_cells
 from eval.rollout_speed import measure_rollout
 from policy.attention.fibottention import BACKENDS, VARIANTS
 from policy.checkpoint import load_policy
 
+PLAIN = {  # beside the plain way of eval/plain.py
+    "sample": (sample_speed, "drawing action chunks"),
+    "train": (train_speed, "a training step"),
+    "load": (load_speed, "loading demonstrations"),
+}
 DTYPES = ("float32", "bfloat16", "float16")
 PATCHES = [100, 196, 576, 784, 1568, 3136, 6272]
 TOKENS = {"cpu": 1600, "cuda": 25_088}  # patch tokens of a batch
@@ -32,10 +41,10 @@ TOKENS = {"cpu": 1600, "cuda": 25_088}  # patch tokens of a batch
 
 def attention(args):
     """Measure Fibottention and its alternatives; writes attention.json, attention.md and attention.png."""
-    _check_choices(backend=(args.backend, BACKENDS), dtype=(args.dtype, DTYPES), variant=(args.variant, VARIANTS))
-    _check_positive(heads=args.heads, head_dim=args.head_dim, tokens=args.tokens, seconds=args.seconds)
+    check_choices(backend=(args.backend, BACKENDS), dtype=(args.dtype, DTYPES), variant=(args.variant, VARIANTS))
+    check_positive(heads=args.heads, head_dim=args.head_dim, tokens=args.tokens, seconds=args.seconds)
     for patches in args.patches:
-        _check_positive(patches=patches)
+        check_positive(patches=patches)
     tokens = args.tokens or TOKENS[args.device]
     bandwidth = copy_bandwidth(args.device)
     patches = sorted(set(args.patches))
@@ -70,8 +79,8 @@ def attention(args):
 
 def encoder(args):
     """Measure whole ViTs; writes encoder.json and encoder.md."""
-    _check_choices(dtype=(args.dtype, DTYPES), variant=(args.variant, VARIANTS))
-    _check_positive(tokens=args.tokens, seconds=args.seconds, patch_size=args.patch_size)
+    check_choices(dtype=(args.dtype, DTYPES), variant=(args.variant, VARIANTS))
+    check_positive(tokens=args.tokens, seconds=args.seconds, patch_size=args.patch_size)
     for image in args.images:
         if image < args.patch_size:
             raise ValueError(f"--images: got {image}, allowed: the patch size {args.patch_size} or more")
@@ -103,18 +112,6 @@ def _write(args, name, title, what, settings, rows, table):
     (args.output / f"{name}.json").write_text(json.dumps(results, indent=1))
     (args.output / f"{name}.md").write_text(text)
     print(f"{text}\nwrote {args.output}/{name}.json and {name}.md")
-
-
-def _check_choices(**options):
-    for name, (value, allowed) in options.items():
-        if value not in allowed:
-            raise ValueError(f"--{name.replace('_', '-')}: got {value!r}, allowed: {', '.join(allowed)}")
-
-
-def _check_positive(**options):
-    for name, value in options.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')}: got {value}, allowed: > 0")
 
 
 @command
@@ -160,10 +157,20 @@ def main(argv=None):
     sub.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
     sub.add_argument("--output", type=Path, default=Path("speed/rollout"), help="folder, default speed/rollout")
 
+    for name, (module, title) in PLAIN.items():
+        sub = commands.add_parser(name, help=f"{title}, beside the plain way with diffusers, timm and a DataLoader")
+        sub.set_defaults(run=lambda args, module=module: _write(args, *module.run(args)))
+        module.add_options(sub)
+        sub.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration")
+        sub.add_argument("--seconds", type=float, default=10, help="time of one comparison, roughly; default 10")
+        sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+        sub.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
+        sub.add_argument("--output", type=Path, default=Path("speed") / name, help=f"folder, default speed/{name}")
+
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "-m", "eval.speed", *argv])
     args.device = choose_device(args.device)
-    _check_positive(threads=args.threads)
+    check_positive(threads=args.threads)
     if args.threads:
         torch.set_num_threads(args.threads)
     fix_allocation()

@@ -19,13 +19,14 @@ def build_model(config):
     options = dict(config["model"])
     model = lookup("model.name", options.pop("name"), MODELS)
     encoder = {key: value for key, value in config["encoder"].items() if key not in ENCODER_LOADING}
-    return model(
+    built = model(
         shape_meta=config["task"]["shape_meta"],
         crop=config["crop"],
         encoder=encoder,
         attention=config["attention"],
         **options,
     )
+    return built.to(memory_format=torch.channels_last)  # as images are stored: convolutions are 2 to 12 % faster
 
 
 def build_datasets(config, path):

@@ -296,7 +296,8 @@ class Trainer:
             if any(value is None for value in values.values()):
                 raise ValueError(f"{path}: got no optimizer state for {name!r}, allowed: the same trained parameters")
             step = values.pop("step")
-            moments = {key: value.to(parameter.device) for key, value in values.items()}
+            # Laid out in memory as the parameter, which the fused optimizer relies on.
+            moments = {key: torch.empty_like(parameter).copy_(value) for key, value in values.items()}
             self.optimizer.state[parameter] = {"step": step.to(parameter.device), **moments}
         self.step = state["step"]
 
