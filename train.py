@@ -24,14 +24,14 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from envs import close_env, make_data, make_env
-from eval.command import check_types, command, nearest
+from envs import close_env, make_env
+from eval.command import check_types, command
+from eval.compose import locate_data  # and the resolvers of the configuration
 from eval.dagger import check_dagger, fit_with_corrections
 from eval.rollout import describe, rollout, write_results
 from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
 from policy.checkpoint import load_checkpoint, load_model, load_weights
 from policy.dataset.replay_buffer import open_zarr
-from policy.dataset.robomimic import ensure_zarr
 from policy.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent
@@ -50,36 +50,6 @@ def choose_preset(arguments):
     preset = "paper" if cuda else "cpu"
     print(f"preset=auto -> {preset} ({'CUDA is present' if cuda else 'no CUDA here'})")
     return [a for a in arguments if not a.startswith("preset=")] + [f"preset={preset}"]
-
-
-def locate_data(task, cache_dir):
-    """Path of the zarr that ``task.data`` names, made, rendered or converted as its entry says.
-
-    An entry may name another to use ``otherwise``, where its source is not there; ``task["data"]`` is then that one.
-    """
-    name, datasets = task["data"], task["datasets"]
-    names = sorted(set(datasets) - {"path"})
-    entry = dict(datasets[name]) if name in names else {**datasets["path"], "source": name}
-    hint = entry.pop("hint", None)
-    source = entry.get("source")
-    otherwise = entry.pop("otherwise", None)
-    if source is not None:
-        source = Path(source) if Path(source).exists() else ROOT / source
-        if not source.exists() and otherwise is not None:
-            print(f"task.data={name}: {source} is not there (to get it: {hint}); using task.data={otherwise} instead")
-            task["data"] = otherwise
-            return locate_data(task, cache_dir)
-        if not source.exists():
-            advice = f"; to get it: {hint}" if hint else ""
-            raise FileNotFoundError(
-                f"task.data: got {name!r}{nearest(name, names)} ({source}), which does not exist;"
-                f" allowed: {', '.join(names)} or a path{advice}"
-            )
-        entry["source"] = source
-    path = Path(make_data(entry.pop("maker"), cache_dir=cache_dir, **entry))
-    if path.suffix in (".hdf5", ".h5"):
-        path = ensure_zarr(path, cache_dir, actions=task["env"]["actions"])
-    return path
 
 
 def start_encoder(model, options):
@@ -216,8 +186,6 @@ def run_dir_for(resume, task, preset):
 
 
 OmegaConf.register_new_resolver("run_dir", run_dir_for, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("cores", lambda most: min(os.cpu_count() or 1, most), replace=True)
-OmegaConf.register_new_resolver("given", lambda value: value != "none", replace=True)
 
 
 @command

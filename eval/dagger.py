@@ -1,7 +1,8 @@
 """The expert in the loop: training goes on with its episodes from states that the policy visited (arXiv 1011.0686).
 
-A round of DAgger rolls the policy out on seeds of its own, lets the expert act from some of the visited states (those of
-failures first), and adds its episodes to the training data. All lies in the run folder, so that a stopped run goes on.
+A round of DAgger rolls the policy out on seeds of its own, lets the expert act from some of the states that it visited,
+those of failures first, and adds its episodes to the training data. All lies in the run folder, so that a stopped run
+goes on.
 """
 
 import json

@@ -96,7 +96,10 @@ OPTIONS = {
         unknown("attention", "fibo", "fibottention", "fibottention, fibottention_exclude, softmax"),
     ),
     "unknown task": (["task=pushtt"], unknown("task", "pushtt", "pusht", ".*pusht")),
-    "unknown config": (["--config-name=typb"], unknown("--config-name", "typb", "typea", "pretrain, typea")),
+    "unknown config": (
+        ["--config-name=pretrian"],
+        unknown("--config-name", "pretrian", "pretrain", "pretrain, typea, typeb, typec, typed"),
+    ),  # fmt: skip  # noqa: E501
     "unknown folder": (["--config-dir=config/puhst"], "--config-dir: got .*config/puhst, allowed: .*config/pusht"),
     "no key=value": (["crop"], "override: got 'crop', allowed: key=value"),
     "unknown data": (["task.data=humann"], r"task.data: got 'humann' \(did you mean 'human'\?\) .*allowed: embedded, "),
@@ -124,7 +127,7 @@ OPTIONS = {
     "missing run": (["resume={workplace}/none"], "checkpoint: got .*last.safetensors, which is not a file"),
     "all held out": (["data.val_ratio=0.9"], "val_ratio: got 0.9 of 4 episodes, allowed: one that leaves some"),
     "negative seed": (["seed=-1"], "seed: got -1, allowed: >= 0"),
-    "storage": (["storage=disk"], "storage: got 'disk', allowed: ram, mmap"),
+    "storage": (["storage=disk"], "storage: got 'disk', allowed: auto, ram, mmap, device"),
     "device": (["device=gpu"], "device: got 'gpu', allowed: auto, cpu, cuda"),
     "cuda": (["device=cuda"], "device: got 'cuda', but torch sees no CUDA device; allowed here: auto, cpu"),
     "tracker": (["wandb.mode=on"], "wandb.mode: got 'on', allowed: disabled, offline, online"),

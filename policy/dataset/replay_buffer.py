@@ -6,6 +6,7 @@ each episode. zarr formats 2 and 3, a directory or a .zip, read alike.
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import zarr
 from tqdm import tqdm
 
 STORAGES = ("auto", "ram", "mmap", "device")
-BLOCK_BYTES = 64 << 20  # decoded at once, so that a large image array never exists twice
+BLOCK_BYTES = 16 << 20  # decoded at once by each thread: larger ones leave the caches, and the heap, at each turn
 
 
 class ReplayBuffer:
@@ -150,6 +151,10 @@ def _check_shape(array, spec, name):
 def _decode_image(block, name, start):
     if block.dtype == np.uint8:
         return block
+    with np.errstate(invalid="ignore"):
+        pixels = block.astype(np.uint8)
+    if np.array_equal(pixels, block):  # whole numbers in range, as nearly always; this is half the work
+        return pixels
     if not (np.isfinite(block).all() and block.min() >= 0 and block.max() <= 255):
         last = start + len(block) - 1
         raise ValueError(f"{name}: got pixels outside 0..255 in frames {start} to {last}, allowed: 0..255")
@@ -170,33 +175,41 @@ def _read_checked(array, path, selection=slice(None)):
         raise ValueError(f"{path}: {array.path}: got a chunk that cannot be decoded ({error})") from error
 
 
-def _blocks(array, decode, columns, path):
-    """Yield (start, decoded block) over the frames of ``array``, with a progress bar where it takes long."""
+def _block_starts(array, path):
+    """First frames of the blocks to decode, each of whole chunks, and their length."""
     # zarr reads a missing chunk as the fill value, so a truncated copy would otherwise train on black images.
     if array.nchunks_initialized != array.nchunks:
         raise ValueError(
             f"{path}: {array.path}: got {array.nchunks_initialized} of {array.nchunks} chunks, allowed: all"
             " (a truncated copy? To store a chunk of zeros, zarr needs write_empty_chunks)"
         )
+    if array.shape[0] == 0:
+        raise ValueError(f"{path}: {array.path}: got 0 frames, allowed: at least 1")
     frame_bytes = int(np.prod(array.shape[1:])) * array.dtype.itemsize
     step = max(BLOCK_BYTES // max(frame_bytes, 1), 1)
     step = max(step // array.chunks[0], 1) * array.chunks[0]
-    starts = range(0, array.shape[0], step)
-    for start in tqdm(starts, desc=f"reading {array.path}", unit="block", disable=len(starts) < 4, leave=False):
-        block = _read_checked(array, path, slice(start, start + step))
-        if columns is not None:
-            block = block[..., list(columns)]
-        yield start, decode(block, f"{path}: {array.path}", start)
+    return range(0, array.shape[0], step), step
 
 
 def _decode_all(array, decode, columns, path, create=np.empty):
-    out = None
-    for start, block in _blocks(array, decode, columns, path):
-        if out is None:
-            out = create((array.shape[0], *block.shape[1:]), block.dtype)
-        out[start : start + len(block)] = block
-    if out is None:
-        raise ValueError(f"{path}: {array.path}: got 0 frames, allowed: at least 1")
+    """The decoded array, with a progress bar where it takes long; a thread a core decodes and checks the blocks."""
+    starts, step = _block_starts(array, path)
+
+    def block(start):
+        values = _read_checked(array, path, slice(start, start + step))
+        values = values if columns is None else values[..., list(columns)]
+        return decode(values, f"{path}: {array.path}", start)
+
+    def fill(start):
+        out[start : start + step] = block(start)
+
+    first = block(0)
+    out = create((array.shape[0], *first.shape[1:]), first.dtype)
+    out[:step] = first
+    bar = {"desc": f"reading {array.path}", "unit": "block", "disable": len(starts) < 8, "leave": False}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        for _ in tqdm(threads.map(fill, starts[1:]), total=len(starts) - 1, dynamic_ncols=True, **bar):
+            pass
     return out
 
 
