@@ -75,7 +75,14 @@ def _sources(shape_meta, target):
 
 
 def _open_buffer(config, path, sources):
-    return ReplayBuffer.open(path, sources, storage=config["storage"], cache_dir=config["cache_dir"])
+    storage = config["storage"]
+    if storage == "auto":  # see ``place_buffer`` for a GPU; elsewhere a map is there at once from the second run on
+        storage = "ram" if _uses_gpu(config) else "mmap"
+    return ReplayBuffer.open(path, sources, storage=storage, cache_dir=config["cache_dir"])
+
+
+def _uses_gpu(config):
+    return torch.cuda.is_available() and config["device"] != "cpu"
 
 
 def place_buffer(buffer, storage, device):

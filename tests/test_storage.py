@@ -280,3 +280,4 @@ def test_compiled_training_computes_the_same():
     assert names == set(build_model(config).state_dict())
     for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+

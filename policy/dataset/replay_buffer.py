@@ -6,6 +6,7 @@ each episode. zarr formats 2 and 3, a directory or a .zip, read alike.
 
 import hashlib
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import zarr
 from tqdm import tqdm
+from zarr.buffer.cpu import NDBuffer
 
 STORAGES = ("auto", "ram", "mmap", "device")
 BLOCK_BYTES = 16 << 20  # decoded at once by each thread: larger ones leave the caches, and the heap, at each turn
@@ -168,9 +170,9 @@ def _decode_low_dim(block, name, start):
     return block.astype(np.float32)
 
 
-def _read_checked(array, path, selection=slice(None)):
+def _read_checked(array, path, selection=slice(None), **options):
     try:
-        return array[selection]
+        return array.get_basic_selection(selection, **options)
     except Exception as error:  # codecs raise whatever their C library does
         raise ValueError(f"{path}: {array.path}: got a chunk that cannot be decoded ({error})") from error
 
@@ -194,9 +196,14 @@ def _block_starts(array, path):
 def _decode_all(array, decode, columns, path, create=np.empty):
     """The decoded array, with a progress bar where it takes long; a thread a core decodes and checks the blocks."""
     starts, step = _block_starts(array, path)
+    own = threading.local()
 
     def block(start):
-        values = _read_checked(array, path, slice(start, start + step))
+        if not hasattr(own, "memory"):  # fresh memory for every block would take longer to clear than to fill
+            own.memory = np.empty((step, *array.shape[1:]), array.dtype)
+        values = own.memory[: array.shape[0] - start]
+        into = NDBuffer.from_numpy_array(values)
+        _read_checked(array, path, slice(start, start + len(values)), out=into)
         values = values if columns is None else values[..., list(columns)]
         return decode(values, f"{path}: {array.path}", start)
 
