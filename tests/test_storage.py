@@ -191,6 +191,18 @@ def test_an_extended_data_set_equals_one_of_both(tmp_path, cached, storage):
     assert train.episodes.tolist() == [*episodes, 3, 4, 5, 6, 7] and train.buffer.num_frames == 31 + 19 + 31
 
 
+def test_auto_maps_files_where_there_is_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config, first, *_ = stored(tmp_path, storage="auto")
+    train, _ = build_datasets({**config, "device": "auto"}, first)
+    assert all(isinstance(array, np.memmap) for array in train.buffer.arrays.values())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    train, _ = build_datasets({**config, "device": "auto"}, first)
+    assert not any(isinstance(array, np.memmap) for array in train.buffer.arrays.values())
+    place_buffer(train.buffer, "auto", "cpu")  # stays where it is
+    assert not any(isinstance(array, torch.Tensor) for array in train.buffer.arrays.values())
+
+
 # Gradient checkpointing ----------------------------------------------------------------------------------------------
 
 
@@ -280,4 +292,3 @@ def test_compiled_training_computes_the_same():
     assert names == set(build_model(config).state_dict())
     for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
-
