@@ -27,17 +27,7 @@ from policy.trainer import to_tensors
 
 TYPES = [name for name in list_decoders() if name != "none"]
 META = {**tiny.IMAGE, **tiny.LOW_DIM}
-OPTIONS = {
-    "weight": 0.1,
-    "weights": {},
-    "image_size": None,
-    "every": 1,
-    "start_channels": 6,
-    "channels": 8,
-    "code_channels": 8,
-    "kernel_size": 3,
-    "groups": 4,
-}
+OPTIONS = {key: value for key, value in tiny.DECODER.items() if key != "name"}
 
 
 def decoder_of(name, *, shape_meta=META, bottleneck=(16, 4), **changes):

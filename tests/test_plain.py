@@ -24,18 +24,7 @@ from policy.build import build_model
 from policy.dataset import ReplayBuffer, epoch_order
 from policy.trainer import Trainer
 
-DECODER = {
-    "name": "a",
-    "weight": 0.5,
-    "weights": {"agent_pos": 0.3},
-    "image_size": 6,
-    "every": 2,
-    "start_channels": 8,
-    "channels": 8,
-    "code_channels": 8,
-    "kernel_size": 3,
-    "groups": 4,
-}
+DECODER = {**tiny.DECODER, "weight": 0.5, "weights": {"agent_pos": 0.3}, "image_size": 6, "every": 2}
 
 
 def observation(batch=3):

@@ -21,18 +21,7 @@ from policy.trainer import Trainer
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-DECODER = {
-    "name": "b",
-    "weight": 0.1,
-    "weights": {},
-    "image_size": None,
-    "every": 1,
-    "start_channels": 8,
-    "channels": 8,
-    "code_channels": 8,
-    "kernel_size": 3,
-    "groups": 2,
-}
+DECODER = {**tiny.DECODER, "name": "b"}
 STEPS = 12
 
 

@@ -15,18 +15,7 @@ from policy.build import build_datasets, build_model, cache_features, extend_dat
 from policy.dataset import ReplayBuffer
 from policy.trainer import to_tensors
 
-DECODER = {
-    "name": "a",
-    "weight": 0.1,
-    "weights": {},
-    "image_size": None,
-    "every": 2,
-    "start_channels": 6,
-    "channels": 8,
-    "code_channels": 8,
-    "kernel_size": 3,
-    "groups": 4,
-}
+DECODER = {**tiny.DECODER, "every": 2}
 
 
 @pytest.fixture

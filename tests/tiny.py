@@ -22,6 +22,18 @@ VIT = {
     "init": "none",
     "freeze": False,
 }
+DECODER = {
+    "name": "a",
+    "weight": 0.1,
+    "weights": {},
+    "image_size": None,
+    "every": 1,
+    "start_channels": 8,
+    "channels": 8,
+    "code_channels": 8,
+    "kernel_size": 3,
+    "groups": 4,
+}
 TRAINING = {
     "seed": 0,
     "epochs": 2,
