@@ -33,8 +33,9 @@ def train(run_dir, *, stop_at=None, resume=False, die_at=None, pause=0.0, second
     model = build_model(config)
     data = tiny.window_data(config, buffer)
     model.fit_normalizer(data)
+    # A bias before a normalisation has no gradient but rounding errors; a large eps keeps Adam from blowing them up.
     options = tiny.training_options(
-        epochs=100, max_steps=STEPS, batch_size=8, gradient_accumulation=2, gradient_clip=1.0, log_every=2
+        epochs=100, max_steps=STEPS, batch_size=8, gradient_accumulation=2, gradient_clip=1.0, log_every=2, eps=1e-3
     )
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -293,7 +293,7 @@ def test_workers_end_with_their_parent(log, how):
         os.killpg(parent.pid, how)
     else:
         parent.kill()
-    assert parent.wait(10) == (-signal.SIGINT if how == signal.SIGINT else -signal.SIGKILL)
+    assert parent.wait(60) == (-signal.SIGINT if how == signal.SIGINT else -signal.SIGKILL)
     assert none_left(log, seconds=5)
     error = parent.stderr.read()
     assert error.count("Traceback") == (1 if how == signal.SIGINT else 0)
