@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from policy.dataset.replay_buffer import open_zarr
 from policy.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent
+WAIT = timedelta(hours=4)  # of the other processes, while the first one renders or rolls out alone
 
 
 def choose_preset(arguments):
@@ -88,7 +89,8 @@ def describe_model(model):
 def stored_config(run_dir, overrides):
     """Configuration of a run to resume, with plain ``key=value`` overrides on top."""
     _, config, _ = load_checkpoint(run_dir / "checkpoints" / "last.safetensors", prefix="none")
-    config = OmegaConf.create(config)
+    base = OmegaConf.load(ROOT / "config" / "base.yaml")  # what a run from before an option existed does not name
+    config = OmegaConf.merge({"dagger": base.dagger, "training": {"compile": base.training.compile}}, config)
     OmegaConf.set_struct(config, True)
     changes = [o for o in overrides if not o.startswith(("resume=", "hydra"))]
     for change in changes:
@@ -115,6 +117,9 @@ def run(config, run_dir, resume=False):
     print(f"data: {len(train_data)} training windows, {len(val_data) if val_data else 0} held out")
     model.fit_normalizer(train_data)
     is_policy = hasattr(model, "sample")
+    rolls_out = is_policy and options["rollout"]["episodes"] > 0
+    if rolls_out or options["dagger"]["rounds"]:
+        _check_simulator(options)
     trainer = Trainer(
         model,
         train_data,
@@ -123,7 +128,7 @@ def run(config, run_dir, resume=False):
         config=options,
         run_dir=run_dir,
         device=config.device,
-        evaluate=_evaluator(options, run_dir) if is_policy and options["rollout"]["episodes"] else None,
+        evaluate=_evaluator(options, run_dir) if rolls_out else None,
     )
     if resume:
         trainer.resume()
@@ -142,12 +147,15 @@ def run(config, run_dir, resume=False):
     return trainer
 
 
-def _evaluator(options, run_dir):
+def _check_simulator(options):
+    """What does not work shows now, not after the first epochs."""
     try:
-        close_env(make_env(**options["task"]["env"]))  # what does not work shows now, not after the first epochs
+        close_env(make_env(**options["task"]["env"]))
     except ImportError as error:
         raise ImportError(f"{error}; rollout.episodes=0 trains without a simulator") from error
 
+
+def _evaluator(options, run_dir):
     def evaluate(policy, epoch):
         summary, films = rollout(policy, options["task"]["env"], **options["rollout"])
         write_results(run_dir / "rollouts" / f"epoch_{epoch:04d}", summary, films)
@@ -193,7 +201,7 @@ def job(config):
     """Train what hydra composed, in the folder that it made."""
     if "RANK" not in os.environ:  # accelerate keeps precision and device for a whole process, which a sweep changes
         AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=config.device == "cpu")
+    PartialState(cpu=config.device == "cpu", timeout=WAIT)
     run_dir = Path(broadcast_object_list([HydraConfig.get().runtime.output_dir])[0])
     resume = config.resume is not None
     if resume:

@@ -21,6 +21,8 @@ def check_dagger(options):
     if min(dagger["rollouts"], dagger["episodes"]) < 1:
         got = f"{dagger['rollouts']}, {dagger['episodes']}"
         raise ValueError(f"dagger.rollouts, dagger.episodes: got {got}, allowed: >= 1")
+    if dagger["rounds"] and options["model"]["name"] != "diffusion":
+        raise ValueError(f"dagger.rounds: got {dagger['rounds']}, allowed: 0 ({options['model']['name']} is no policy)")
     if dagger["rounds"] and env_name not in CORRECTIONS:
         raise ValueError(f"dagger.rounds: got {dagger['rounds']}, allowed: 0 (no expert to act in {env_name!r})")
 
@@ -40,21 +42,24 @@ def fit_with_corrections(trainer, options, run_dir, *, extend):
             raise FileNotFoundError(f"dagger: got no {output}, but the run is beyond its step {step}; restore it")
         trainer.fit(stop_at=max(step, trainer.step))
         if trainer.accelerator.is_main_process and not output.exists():
-            trainer.log(collect(trainer.ema.model, options, number, output))
-        trainer.accelerator.wait_for_everyone()
+            collect(trainer.ema.model, options, number, output, log=trainer.log)
+        trainer.wait_for_everyone()
         extend(output)
         trainer.set_training_data(trainer.train_data, since=step)
     trainer.fit()
 
 
-def collect(policy, options, number, output):
-    """Roll ``policy`` out for round ``number``, write the corrections to ``output``; returns what to log."""
+def collect(policy, options, number, output, *, log):
+    """Roll ``policy`` out for round ``number``, hand its score to ``log``, write the corrections to ``output``."""
     dagger, env = options["dagger"], options["task"]["env"]
     seed = dagger["seed"] + (number - 1) * dagger["rollouts"]
     loop = {key: options["rollout"][key] for key in ("num_envs", "workers", "batch")}
     summary, _, visited = rollout(policy, env, episodes=dagger["rollouts"], seed=seed, states=True, **loop)
     print(f"\ndagger round {number}: {describe(summary)}")
+    # Before the corrections, whose presence says that the round is over.
+    log({"round": number, "round_score": summary["score_mean"], "round_success": summary["success_rate"]})
     output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(summary))
     make_corrections(
         env["name"],
         visited=visited,
@@ -64,5 +69,3 @@ def collect(policy, options, number, output):
         image_size=env["image_size"],
         processes=os.cpu_count() or 1,
     )
-    output.with_suffix(".json").write_text(json.dumps(summary))
-    return {"round": number, "round_score": summary["score_mean"], "round_success": summary["success_rate"]}

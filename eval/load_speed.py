@@ -92,12 +92,12 @@ def load_once(method, config, path, *, batch, seconds, workers, device, threads,
         start = time.perf_counter()
         options = {"workers": workers} if method == "plain" else {"storage": method, "cache_dir": cache_dir}
         batches = (plain_batches if method == "plain" else our_batches)(config, path, orders, device=device, **options)
-        first = next(batches)
+        first = finished(next(batches))
         row["first_s"] = time.perf_counter() - start
         row["kb_per_sample"] = nbytes(first) / len(first["action"]) / 1e3
         start, samples = time.perf_counter(), 0
         while not samples or time.perf_counter() - start < seconds:
-            samples += len(next(batches)["action"])
+            samples += len(finished(next(batches))["action"])
         row["samples_per_s"] = samples / (time.perf_counter() - start)
         row["resident_mb"] = megabytes(resident_memory(), before)
 
@@ -105,6 +105,13 @@ def load_once(method, config, path, *, batch, seconds, workers, device, threads,
     row = {"method": method, "imports_s": imports}
     row["peak_mb"] = megabytes(peak_memory(measure, "cpu"), 0)
     return row
+
+
+def finished(batch):
+    """``batch`` once it lies on its device."""
+    if batch["action"].is_cuda:
+        torch.cuda.synchronize()
+    return batch
 
 
 def nbytes(batch):

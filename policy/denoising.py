@@ -105,6 +105,7 @@ class GraphedCall:
             for _ in range(3):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
+        torch.clear_autocast_cache()  # copies of weights from outside the capture would be freed after it
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.output = function(*self.inputs)

@@ -70,7 +70,9 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         if self.writes and metrics.exists():
             lines = [line for line in metrics.read_text().splitlines(keepends=True) if _before(line, state["step"])]
-            metrics.write_text("".join(lines))
+            partial = metrics.with_suffix(".partial")
+            partial.write_text("".join(lines))
+            partial.replace(metrics)
         return path, tensors, state
 
 

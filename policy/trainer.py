@@ -248,7 +248,7 @@ class Trainer:
                 if options.score not in metrics:
                     raise ValueError(f"training.score: got {options.score!r}, allowed: {', '.join(metrics)}")
                 score = metrics[options.score]
-            self.accelerator.wait_for_everyone()
+            self.wait_for_everyone()
         if values:
             self.log(values)
             self.folder.plot()
@@ -305,6 +305,13 @@ class Trainer:
         if self._stop is not None:  # asked twice: do not wait for the step to end
             raise SystemExit(128 + number)
         self._stop = number
+
+    def wait_for_everyone(self):
+        """Wait for the other processes; ConnectionError where one is gone."""
+        try:
+            self.accelerator.wait_for_everyone()
+        except RuntimeError as error:
+            raise self._explain(error) from error
 
     def _must_stop(self):
         """Whether a signal has arrived; several processes agree on it at log steps, so that all end at the same one."""

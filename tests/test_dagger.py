@@ -66,12 +66,12 @@ class Run:
         batch = self.data.batch
         self.data.batch = lambda indices: self.seen.append(max(indices)) or batch(indices)
 
-        def collect(policy, options, number, output):
+        def collect(policy, options, number, output, *, log):
             weights = sum(float(p.sum()) for p in policy.parameters())
             self.collected.append((number, self.trainer.step, weights))
             output.parent.mkdir(exist_ok=True)
+            log({"round": number, "round_score": 0.5, "round_success": 0.25})
             write_episodes(output, number)
-            return {"round": number, "round_score": 0.5, "round_success": 0.25}
 
         monkeypatch.setattr(dagger, "collect", collect)
 
@@ -150,10 +150,11 @@ def test_a_round_rolls_out_on_its_own_seeds_and_asks_for_corrections(tmp_path, m
 
     monkeypatch.setattr(dagger, "rollout", rollout)
     monkeypatch.setattr(dagger, "make_corrections", lambda name, **given: asked.update(name=name, made=given))
-    logged = dagger.collect(None, options_of(), 3, tmp_path / "dagger" / "round_03.zarr")
+    logged = []
+    dagger.collect(None, options_of(), 3, tmp_path / "dagger" / "round_03.zarr", log=logged.append)
     assert asked["rollout"]["seed"] == 900 + 2 * 3 and asked["rollout"]["episodes"] == 3 and asked["rollout"]["states"]
     assert asked["name"] == "fake" and asked["made"]["count"] == 4 and len(asked["made"]["visited"]) == 1
-    assert logged == {"round": 3, "round_score": 0.5, "round_success": 0.0}
+    assert logged == [{"round": 3, "round_score": 0.5, "round_success": 0.0}]
     assert json.loads((tmp_path / "dagger/round_03.json").read_text())["score_mean"] == 0.5
 
 
@@ -169,6 +170,13 @@ def test_a_round_rolls_out_on_its_own_seeds_and_asks_for_corrections(tmp_path, m
 def test_wrong_options(changes, message):
     with pytest.raises(ValueError, match=message):
         dagger.check_dagger(options_of(**changes))
+
+
+def test_pre_training_has_no_rounds(monkeypatch):
+    monkeypatch.setitem(CORRECTIONS, "fake", "nowhere:nothing")
+    options = options_of()
+    with pytest.raises(ValueError, match=r"dagger.rounds: got 2, allowed: 0 \(keypoints is no policy\)"):
+        dagger.check_dagger({**options, "model": {"name": "keypoints"}})
 
 
 def test_right_options(monkeypatch):

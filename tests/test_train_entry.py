@@ -119,13 +119,13 @@ def test_a_single_encoder_starts_all_cameras(tmp_path):
     assert all(same(encoder, source) for encoder in started(CAMERAS, tmp_path / "one").values())
 
 
-def test_a_run_without_rollouts_needs_no_simulator(monkeypatch):
+def test_a_missing_simulator_is_said_at_once(monkeypatch):
     def missing(**options):
         raise ImportError("robosuite: cannot be imported")
 
     monkeypatch.setattr(train, "make_env", missing)
     with pytest.raises(ImportError, match="robosuite: cannot be imported; rollout.episodes=0 trains without a sim"):
-        train._evaluator({"task": {"env": {"name": "robosuite"}}}, None)
+        train._check_simulator({"task": {"env": {"name": "robosuite"}}})
 
 
 # Configurations ----------------------------------------------------------------------------------------------------
@@ -183,3 +183,13 @@ def test_what_is_pretrained_is_what_preset_cpu_starts_from(folder):
     }
     model = build_model(config)
     assert config["encoder"]["init"] in train.start_encoder(model, config) and config["encoder"]["freeze"]
+
+
+def test_a_run_from_before_an_option_existed_goes_on(tmp_path):
+    config = {"training": {"lr": 1.0, "epochs": 2}, "seed": 1}
+    save_checkpoint(tmp_path / "checkpoints" / "last.safetensors", {}, config=config, state={"step": 0})
+    stored = train.stored_config(tmp_path, ["training.epochs=3"])
+    assert stored.training == {"compile": False, "lr": 1.0, "epochs": 3} and stored.dagger.rounds == 0
+    config["dagger"] = {"rounds": 2}
+    save_checkpoint(tmp_path / "checkpoints" / "last.safetensors", {}, config=config, state={"step": 0})
+    assert train.stored_config(tmp_path, []).dagger.rounds == 2

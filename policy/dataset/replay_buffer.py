@@ -54,7 +54,10 @@ class ReplayBuffer:
         self.arrays = {key: torch.as_tensor(array).to(device) for key, array in self.arrays.items()}
 
     def extend(self, other):
-        """Append the episodes of ``other``, which has the same keys; numbers of frames and episodes stay valid."""
+        """Append the episodes of ``other``, which has the same keys; numbers of frames and episodes stay valid.
+
+        A memory map becomes an array in memory.
+        """
         for key, array in self.arrays.items():
             added = other.arrays[key]
             if isinstance(array, torch.Tensor):
