@@ -85,6 +85,7 @@ class DiffusionPolicy(nn.Module):
             bottleneck=(self.denoiser.widths[-1], horizon // self.denoiser.multiple),
             condition_dim=self.encoder.out_dim,
         )
+        self._step_lists = {}  # of the samplers asked for so far
         self.precision = "fp32"  # of inference
         self.loop = DenoisingLoop(clip=self.noise_scheduler.config.clip_sample)
         self.set_sampler(**sampler)
@@ -126,7 +127,10 @@ class DiffusionPolicy(nn.Module):
         self.loop.forget()
 
     def _sampling_steps(self, name, count, first=0):
-        return sampling_steps(name, self.noise_scheduler.config, count, first=first)
+        key = (name, count, first)
+        if key not in self._step_lists:
+            self._step_lists[key] = sampling_steps(name, self.noise_scheduler.config, count, first=first)
+        return self._step_lists[key]
 
     @property
     def normalizer(self):

@@ -286,6 +286,7 @@ def test_workers_end_with_their_parent(log, how):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under a shell's background jobs
     )
     assert parent.stdout.readline() == "ready\n"
     time.sleep(0.2)
