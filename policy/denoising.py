@@ -25,7 +25,7 @@ class DenoisingLoop:
 
     def forget(self):
         """Drop what was computed from the weights."""
-        self._token = self._packed = None
+        self._weights = self._packed = None
         self._tables, self._graphs = {}, {}
 
     def draw(self, shape, steps, *, generator, device):
@@ -63,10 +63,9 @@ class DenoisingLoop:
 
     def _check_weights(self, denoiser):
         """Forget what was computed from other weights: training changes them in place, and so does loading."""
-        token = [(parameter.data_ptr(), parameter._version) for parameter in denoiser.parameters()]
-        if token != self._token:
+        if self._weights is None or not self._weights.are_those_of(denoiser):
             self.forget()
-            self._token = token
+            self._weights = Weights(denoiser)
 
     def _fastest(self, denoiser, start):
         """The function (x, films) -> prediction that is fastest here for as many rows."""
@@ -92,6 +91,22 @@ class DenoisingLoop:
                 x = x + step.noise_weight * next(draws)
             last = clean
         return x
+
+
+class Weights:
+    """The weights of a module as they are now, by torch's counters of changes, which fused optimizers do not keep."""
+
+    def __init__(self, module):
+        # Kept, so that neither a parameter nor its memory can be replaced by another one at the same address.
+        self.state = [(p, p.detach(), p._version) for p in module.parameters()]
+
+    def are_those_of(self, module):
+        """Whether ``module`` has these parameters, in the same memory and unchanged since."""
+        parameters = list(module.parameters())
+        return len(parameters) == len(self.state) and all(
+            now is then and now.data_ptr() == memory.data_ptr() and now._version == version
+            for now, (then, memory, version) in zip(parameters, self.state, strict=True)
+        )
 
 
 class GraphedCall:

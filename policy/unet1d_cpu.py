@@ -268,20 +268,11 @@ class PackedUNet:
         if weights not in WEIGHTS:
             raise ValueError(f"weights: got {weights!r}, allowed: {', '.join(WEIGHTS)}")
         self.unet, self.weights, self.lock = unet, weights, threading.Lock()
-        # Kept, so that neither a parameter nor its memory can be replaced by another one at the same address.
-        self.state = [(p, p.detach(), p._version) for p in unet.parameters()]
         packed = _pack(unet, WEIGHTS[weights])
         self.plan = functools.lru_cache(maxsize=8)(functools.partial(_Plan, unet, packed))
 
     def __reduce__(self):
         return PackedUNet, (self.unet, self.weights)  # a copy packs its own: plans are full of addresses
-
-    def matches(self, unet):
-        """Whether ``unet`` is the packed one with its weights unchanged since, by torch's counters of changes."""
-        return unet is self.unet and all(
-            now is then and now.data_ptr() == memory.data_ptr() and now._version == version
-            for now, (then, memory, version) in zip(unet.parameters(), self.state, strict=True)
-        )
 
     def denoise(self, actions, films):
         """actions (B, T, Da), films [(B, 2C)] of the blocks in their order -> (B, T, Da).

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from policy import numba_compile, unet1d_cpu, unet1d_kernels
+from policy.denoising import Weights
 from policy.unet1d import ConditionalUNet1D
 from policy.unet1d_cpu import PackedUNet, why_not
 
@@ -167,42 +168,42 @@ def test_tiles_fit_the_registers_and_the_work(monkeypatch):
                 assert steps % rows == 0 and blocks % width == 0 and rows * width <= most
 
 
-def test_packed_weights_are_a_copy_and_know_when_they_are_stale():
+def test_packed_weights_are_a_copy_and_changes_are_noticed():
     model = unet()
     actions, films = inputs(model)
     packed = PackedUNet(model)
-    before = packed.denoise(actions, films)
-    assert packed.matches(model) and not packed.matches(copy.deepcopy(model))
+    before, weights = packed.denoise(actions, films), Weights(model)
+    assert weights.are_those_of(model) and not weights.are_those_of(copy.deepcopy(model))
     model.load_state_dict(unet(kernel_size=3).state_dict())
-    assert not packed.matches(model)
-    packed = PackedUNet(model)
+    assert not weights.are_those_of(model)
+    packed, weights = PackedUNet(model), Weights(model)
     with torch.enable_grad():
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         model.denoise(actions, films).square().mean().backward()
         optimizer.step()
-    assert not packed.matches(model)
+    assert not weights.are_those_of(model)
     assert torch.equal(packed.denoise(actions, films), before)
     assert error(model, PackedUNet(model), actions, films) < 5e-6
 
 
 def test_replaced_parameters_and_memory_are_noticed():
     model = unet()
-    packed = PackedUNet(model)
+    weights = Weights(model)
     before = model.out[1].bias
     model.out[1].bias = torch.nn.Parameter(before.data)
     while model.out[1].bias._version < before._version:
         model.out[1].bias.add_(1)
-    assert not packed.matches(model)
-    packed = PackedUNet(model)
+    assert not weights.are_those_of(model)
+    weights = Weights(model)
     model.double().float()
-    assert not packed.matches(model)
+    assert not weights.are_those_of(model)
 
 
 def test_a_copy_packs_its_own_weights():
     model = unet()
     packed = PackedUNet(model, weights="bfloat16")
     other, twin = copy.deepcopy((model, packed))
-    assert twin.matches(other) and not twin.matches(model) and twin.weights == "bfloat16"
+    assert twin.unet is other and twin.weights == "bfloat16"
     assert torch.equal(twin.denoise(*inputs(model)), packed.denoise(*inputs(model)))
 
 
