@@ -101,7 +101,8 @@ def place_buffer(buffer, storage, device):
 def extend_dataset(dataset, path, *, config, policy, device="cpu"):
     """Add the episodes of the zarr at ``path`` to ``dataset``, whose buffer others may share."""
     buffer = dataset.buffer
-    added = _open_buffer(config, path, _sources(config["task"]["shape_meta"], "action"))
+    sources = _sources(config["task"]["shape_meta"], "action")
+    added = ReplayBuffer.open(path, sources)  # into memory: a map of it would stay in cache_dir for one reading
     if "features" in buffer.arrays:
         added.arrays["features"] = encode_frames(policy, added, np.arange(added.num_frames), device=device)
     first = buffer.num_episodes

@@ -33,13 +33,13 @@ class Step(NamedTuple):
     noise_weight: float = 0.0
 
 
-def clean_from(prediction, level):
-    """(keep, predict) of clean = keep x + predict y, at signal level ``level`` (alpha-bar)."""
+def _clean(prediction, level):
+    """keep and predict of clean = keep x + predict y, at signal level ``level`` (alpha-bar)."""
     if prediction == "epsilon":
-        return level**-0.5, -(((1 - level) / level) ** 0.5)
+        return {"keep": level**-0.5, "predict": -(((1 - level) / level) ** 0.5)}
     if prediction == "v_prediction":
-        return level**0.5, -((1 - level) ** 0.5)
-    return 0.0, 1.0
+        return {"keep": level**0.5, "predict": -((1 - level) ** 0.5)}
+    return {"keep": 0.0, "predict": 1.0}
 
 
 def ddpm_steps(timesteps, levels, after, prediction):
@@ -90,10 +90,6 @@ def dpmpp_2m_steps(timesteps, levels, after, prediction):
 def _log_ratio(level):
     """lambda = log(alpha / sigma)."""
     return np.log(level / (1 - level)) / 2
-
-
-def _clean(prediction, level):
-    return dict(zip(("keep", "predict"), clean_from(prediction, level), strict=True))
 
 
 SAMPLERS = {  # name: steps, the scheduler of diffusers whose spacing of the steps is used

@@ -209,12 +209,13 @@ class Trainer:
         for number, start in enumerate(range(0, len(self.val_data), size)):
             if number == self.options.max_val_batches:
                 break
-            batch, randomness = self._validation_batch(number, np.arange(start, min(start + size, len(self.val_data))))
+            indices = np.arange(start, min(start + size, len(self.val_data)))
+            batch, randomness = self._validation_batch(number, indices)
             with self.accelerator.autocast():
                 losses = self.ema.model(batch, randomness)
             for key, value in losses.items():
-                sums[key] = sums.get(key, 0.0) + value.item() * min(size, len(self.val_data) - start)
-            count += min(size, len(self.val_data) - start)
+                sums[key] = sums.get(key, 0.0) + value.item() * len(indices)
+            count += len(indices)
         return {f"val_{key}": value / count for key, value in sums.items()}
 
     def _validation_batch(self, number, indices):

@@ -21,7 +21,7 @@ class StateDecoder(nn.Module):
     windows of a batch, to save time. start_channels, channels, code_channels: of an image's first pixels, of the
     convolutions, and of the position code.
 
-    A type says in ``pixels`` what an image starts from, in ``vector`` what a low-dim key starts from (None: never).
+    A type says in ``start`` and ``start_size`` what an image ("pixel") and a low-dim key ("vector") are decoded from.
     Raises ValueError for sizes that do not divide, unknown keys, or when nothing is left to decode.
     """
 
