@@ -111,7 +111,7 @@ def extend_dataset(dataset, path, *, config, policy, device="cpu"):
 
 
 @torch.no_grad()
-def encode_frames(policy, buffer, frames, *, batch_size=256, device="cpu", precision="fp32"):
+def encode_frames(policy, buffer, frames, *, batch_size=256, device="cpu"):
     """Camera features (F, feature_dim) float32 of ``frames`` of a buffer (centre crop), zeros for all others."""
     encoder = policy.encoder
     features = np.zeros((buffer.num_frames, encoder.feature_dim), np.float32)
@@ -119,8 +119,7 @@ def encode_frames(policy, buffer, frames, *, batch_size=256, device="cpu", preci
     with tqdm(total=len(frames), desc="encoding frames once", unit="frame", leave=False, dynamic_ncols=True) as bar:
         for chunk in np.array_split(frames, -(-len(frames) // batch_size)):
             images = {key: torch.from_numpy(observed(buffer.arrays[key][chunk])).to(device) for key in encoder.cameras}
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-                features[chunk] = encoder.encode_images(images).float().cpu().numpy()
+            features[chunk] = encoder.encode_images(images).cpu().numpy()
             bar.update(len(chunk))
     return features
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from accelerate.state import AcceleratorState
 from hydra.errors import ConfigCompositionException
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +14,6 @@ from PIL import Image
 from test_train_entry import FOLDERS, composed
 from test_trainer import assert_identical, everything, start
 
-from policy import run_folder
 from policy.build import build_model, cache_features
 from policy.checkpoint import load_policy, load_weights
 from policy.curves import plot_curves
@@ -60,14 +58,6 @@ def batch_of(policy, data, indices=(0, 1, 9, 20), crop=0.0):
     if policy.encoder.cameras:
         batch["crop"] = torch.full((len(batch["frame_id"]), 2), crop)
     return batch, policy.randomness(len(indices), torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Trainers may be made: curves are not drawn, and accelerate forgets the precision of this process."""
-    monkeypatch.setattr(run_folder, "plot_curves", lambda run_dir: None)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # By hand ---------------------------------------------------------------------------------------------------------

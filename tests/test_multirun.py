@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zarr
 from accelerate.state import AcceleratorState
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -23,19 +22,6 @@ import train
 from eval.command import command
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder with demos.zarr: four episodes of 20 frames with images."""
-    folder = tmp_path_factory.mktemp("workplace")
-    rng = np.random.default_rng(0)
-    root = zarr.open_group(str(folder / "demos.zarr"), mode="w", zarr_format=2)
-    root.create_array("data/img", data=rng.integers(0, 256, (80, 96, 96, 3), dtype=np.uint8))
-    root.create_array("data/state", data=rng.uniform(50, 450, (80, 5)).astype(np.float32))
-    root.create_array("data/action", data=rng.uniform(50, 450, (80, 2)).astype(np.float32))
-    root.create_array("meta/episode_ends", data=np.arange(20, 81, 20))
-    return folder
 
 
 def arguments(workplace, *overrides):

@@ -7,23 +7,13 @@ import pytest
 import tiny
 import torch
 import zarr
-from accelerate.state import AcceleratorState
 from test_trainer import assert_identical, everything, start
 
-from policy import run_folder
 from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
 from policy.dataset import ReplayBuffer
 from policy.trainer import to_tensors
 
 DECODER = {**tiny.DECODER, "every": 2}
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Trainers may be made: curves are not drawn, and accelerate forgets the precision of this process."""
-    monkeypatch.setattr(run_folder, "plot_curves", lambda run_dir: None)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def copy_of(buffer):
