@@ -29,8 +29,9 @@ from eval.command import check_types, command
 from eval.compose import locate_data  # and the resolvers of the configuration
 from eval.dagger import check_dagger, fit_with_corrections
 from eval.rollout import describe, rollout, write_results
+from eval.tracker import open_tracker
 from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
-from policy.checkpoint import load_checkpoint, load_model, load_weights
+from policy.checkpoint import load_checkpoint, load_encoder_weights, load_model
 from policy.dataset.replay_buffer import open_zarr
 from policy.trainer import Trainer
 
@@ -60,7 +61,7 @@ def start_encoder(model, options):
     do not fit, or would be frozen under another attention than they learned with, which has the same parameters and
     would silently see something else.
     """
-    init, freeze = options["encoder"]["init"], options["encoder"]["freeze"]
+    init, freeze, notes = options["encoder"]["init"], options["encoder"]["freeze"], []
     if init != "none":
         source = load_model(Path(init) if Path(init).exists() else ROOT / init)
         learned, asked = source.config["attention"], options["attention"]
@@ -74,10 +75,11 @@ def start_encoder(model, options):
             if camera not in sources and len(sources) > 1:
                 raise ValueError(f"encoder.init={init}: got cameras {', '.join(sources)}, allowed: one, or {camera!r}")
             start = sources[camera] if camera in sources else next(iter(sources.values()))
-            load_weights(encoder, start.state_dict(), f"encoder.init={init}")
+            notes += load_encoder_weights(encoder, start.state_dict(), f"encoder.init={init}")
     if freeze:
         model.encoder.encoders.requires_grad_(False)
-    return f"encoder: {'random weights' if init == 'none' else init}, {'frozen' if freeze else 'trained'}"
+    weights = "random weights" if init == "none" else init
+    return ", ".join([f"encoder: {weights}", "frozen" if freeze else "trained", *notes])
 
 
 def describe_model(model):
@@ -89,8 +91,9 @@ def describe_model(model):
 def stored_config(run_dir, overrides):
     """Configuration of a run to resume, with plain ``key=value`` overrides on top."""
     _, config, _ = load_checkpoint(run_dir / "checkpoints" / "last.safetensors", prefix="none")
-    base = OmegaConf.load(ROOT / "config" / "base.yaml")  # what a run from before an option existed does not name
-    config = OmegaConf.merge({"dagger": base.dagger, "training": {"compile": base.training.compile}}, config)
+    # What a run from before an option existed does not name.
+    base = OmegaConf.merge(*(OmegaConf.load(ROOT / "config" / name) for name in ("run.yaml", "base.yaml")))
+    config = OmegaConf.merge({"seed": 0, "dagger": base.dagger, "training": base.training}, config)
     OmegaConf.set_struct(config, True)
     changes = [o for o in overrides if not o.startswith(("resume=", "hydra"))]
     for change in changes:
@@ -138,7 +141,7 @@ def run(config, run_dir, resume=False):
     place_buffer(train_data.buffer, options["storage"], device)
     if trainer.accelerator.is_main_process:
         OmegaConf.save(OmegaConf.create(options), run_dir / "config.yaml")
-        trainer.tracker = _tracker(options, run_dir)
+        trainer.tracker = open_tracker(options, run_dir)
     if is_policy:
         extend = partial(extend_dataset, train_data, config=options, policy=model, device=device)
         fit_with_corrections(trainer, options, run_dir, extend=extend)
@@ -163,24 +166,6 @@ def _evaluator(options, run_dir):
         return {key: summary[key] for key in ("score_mean", "success_rate")}
 
     return evaluate
-
-
-def _tracker(options, run_dir):
-    mode = options["wandb"]["mode"]
-    if mode not in ("disabled", "offline", "online"):
-        raise ValueError(f"wandb.mode: got {mode!r}, allowed: disabled, offline, online")
-    if mode == "disabled":
-        return lambda line: None
-    import wandb
-
-    wandb.finish()  # the session of a sweep's job before, which would go on
-    session = wandb.init(project=options["wandb"]["project"], mode=mode, dir=run_dir, config=options)
-
-    def log(line):
-        shown = {key: wandb.Image(str(value)) if isinstance(value, Path) else value for key, value in line.items()}
-        session.log(shown, step=line["step"])
-
-    return log
 
 
 def run_dir_for(resume, task, preset):

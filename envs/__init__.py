@@ -11,7 +11,10 @@ import importlib
 ENVIRONMENTS = {"pusht": "envs.pusht:PushT", "robosuite": "envs.robosuite_env:RobosuiteEnv"}
 DATA_MAKERS = {
     "pusht_images": "envs.pusht_scenes:ensure_images",
+    "pusht_labels": "envs.labels:ensure_labels",
     "pusht_scenes": "envs.pusht_scenes:ensure_scenes",
+    "pusht_turns": "envs.labels:ensure_turns",
+    "robomimic_clips": "envs.labels:ensure_clips",
     "robomimic_demos": "envs.robomimic_demos:ensure_demos",
     "robomimic_file": "envs.robomimic_images:ensure_file",
     "robomimic_scenes": "envs.robomimic_scenes:ensure_scenes",

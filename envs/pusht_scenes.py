@@ -75,7 +75,7 @@ def ensure_images(source, *, cache_dir, image_size=96):
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"data set: got {source}, which does not exist")
-    root = _open_group(source)
+    root = open_group(source)
     if "data/img" in root:
         return source
     if "data/state" not in root or "data/action" not in root or "meta/episode_ends" not in root:
@@ -83,7 +83,7 @@ def ensure_images(source, *, cache_dir, image_size=96):
             f"{source}: got neither data/img to see nor data/state to render, allowed: a replay buffer with data/img,"
             " or with data/state, data/action and meta/episode_ends"
         )
-    states, action, ends = (_read(root, name, source) for name in ("data/state", "data/action", "meta/episode_ends"))
+    states, action, ends = (read_array(root, name, source) for name in ("data/state", "data/action", "meta/episode_ends"))
     if states.ndim != 2 or states.shape[1] != 5 or not np.isfinite(states).all():
         raise ValueError(f"{source}: data/state: got shape {states.shape} or NaN, allowed: (F, 5) finite numbers")
     if not len(states) == len(action) == ends.max(initial=0):
@@ -122,7 +122,7 @@ def scene_targets(states):
     return (keypoints(states).reshape(len(states), -1) / (ARENA / 2) - 1).astype(np.float32)
 
 
-def _open_group(path):
+def open_group(path):
     try:
         if path.suffix == ".zip":
             return zarr.open_group(zarr.storage.ZipStore(str(path), mode="r"), mode="r")
@@ -131,7 +131,7 @@ def _open_group(path):
         raise ValueError(f"{path}: got something that is not a readable zarr group ({error})") from error
 
 
-def _read(root, name, source):
+def read_array(root, name, source):
     """The whole array; a missing chunk, which zarr reads as zeros, is an error."""
     array = root[name]
     if array.nchunks_initialized != array.nchunks:

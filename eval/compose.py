@@ -7,13 +7,22 @@ import hydra
 from omegaconf import OmegaConf
 
 from envs import make_data
-from eval.command import CONFIG, nearest
+from eval.command import CONFIG, check_types, nearest
 from policy.dataset.robomimic import ensure_zarr
 
 ROOT = CONFIG.parent
 
 OmegaConf.register_new_resolver("cores", lambda most: min(os.cpu_count() or 1, most), replace=True)
+OmegaConf.register_new_resolver("scaled", lambda base, batch_size: base * batch_size / 256, replace=True)
 OmegaConf.register_new_resolver("given", lambda value: value != "none", replace=True)
+
+
+def compose_at(name, overrides):
+    """The resolved configuration, as a plain dict, of the file config/NAME.yaml with these overrides."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIG)):
+        config = hydra.compose(name, overrides)
+    check_types(config)
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def compose(task, overrides):

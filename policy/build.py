@@ -7,10 +7,19 @@ from tqdm import tqdm
 from policy.dataset import FrameDataset, ReplayBuffer, WindowDataset, split_episodes
 from policy.dataset.windows import observed
 from policy.diffusion import DiffusionPolicy
+from policy.head.image import ImageClassifier
+from policy.head.mae import MaskedAutoencoder
+from policy.head.video import VideoClassifier
 from policy.keypoints import KeypointRegressor
 from policy.registry import lookup
 
-MODELS = {"diffusion": DiffusionPolicy, "keypoints": KeypointRegressor}
+MODELS = {
+    "diffusion": DiffusionPolicy,
+    "image_classifier": ImageClassifier,
+    "keypoints": KeypointRegressor,
+    "mae": MaskedAutoencoder,
+    "video_classifier": VideoClassifier,
+}
 ENCODER_LOADING = ("init", "freeze")  # how an encoder's weights start, not what it is
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from policy.build import build_model
+from policy.encoder.adapt import adapt_weights
 
 FORMAT = "fibottention-policy-1"
 LAST = "last.safetensors"
@@ -103,6 +104,16 @@ def load_weights(module, tensors, name):
     module.load_state_dict(tensors)
 
 
+def load_encoder_weights(encoder, tensors, name):
+    """Load one camera's encoder from ``tensors`` of another that may see another grid; returns lines that say so.
+
+    ValueError where more than the grid or the patch size differs (``adapt_weights``), with the keys.
+    """
+    tensors, notes = adapt_weights(encoder, tensors) if hasattr(encoder, "grid") else (tensors, [])
+    load_weights(encoder, tensors, name)
+    return notes
+
+
 def load_model(run_or_checkpoint, device="cpu"):
     """The model of a checkpoint with EMA weights, in evaluation mode; ``model.config`` is its configuration."""
     path = find_checkpoint(run_or_checkpoint)
@@ -136,7 +147,7 @@ def load_encoder(run_or_checkpoint, *, camera=None, device="cpu"):
     """The vision encoder of a policy or pre-training checkpoint: images (B, 3, h, w) in [-1, 1] -> (B, out_dim).
 
     camera: which observation key, for policies that have an encoder for each of several cameras. ``encoder.config`` is
-    the configuration of the run that it comes from.
+    the configuration of the run that it comes from, ``encoder.camera`` the name of its camera there.
     """
     model = load_model(run_or_checkpoint, device)
     encoders = model.encoder.encoders
@@ -144,5 +155,5 @@ def load_encoder(run_or_checkpoint, *, camera=None, device="cpu"):
         (camera,) = encoders
     if camera not in encoders:
         raise ValueError(f"camera: got {camera!r}, allowed: {', '.join(encoders)}")
-    encoders[camera].config = model.config
+    encoders[camera].config, encoders[camera].camera = model.config, camera
     return encoders[camera]

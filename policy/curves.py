@@ -4,10 +4,11 @@ import json
 from fnmatch import filter as matching
 
 GROUPS = (  # title, patterns of keys of metrics.jsonl, logarithmic axis
-    ("loss", ("train_loss", "val_loss"), True),
+    ("loss", ("train_loss", "val_loss", "test_loss"), True),
     ("parts of the loss", ("train_diffusion", "train_decode_*"), True),
     ("score and success rate", ("score_mean", "success_rate"), False),
     ("expert in the loop, by round", ("round_score", "round_success"), False),
+    ("accuracy", ("train_top1", "top1", "top5"), False),
     ("keypoint error (px)", ("train_px", "val_px"), True),
     ("learning rate", ("lr",), False),
 )

@@ -20,16 +20,10 @@ from policy.checkpoint import load_weights
 from policy.dataset import epoch_order
 from policy.ema import EMA
 from policy.hashing import hashed_uniform
+from policy.optim import build_optimizer, check_optimizer, learning_rate, load_state, state_tensors
 from policy.run_folder import RunFolder
 
 VALIDATION_SEED = 1 << 40  # far from every training step
-
-
-def cosine_schedule(step, *, total, warmup):
-    """Factor of the learning rate: linear from 0 over ``warmup`` steps, then half a cosine to 0 at ``total``."""
-    if step < warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
 
 
 def to_tensors(batch, device):
@@ -69,16 +63,9 @@ class Trainer:
             raise ValueError(f"epochs, max_steps: got {options.epochs}, {options.max_steps}, allowed: at least 1 step")
 
         model = model.to(self.accelerator.device)
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            self.trained,
-            lr=options.lr,
-            betas=tuple(options.betas),
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.trained = [p for _, p in self.named]
+        optimizer = build_optimizer(model, options)
         self.ema = EMA(model, power=options.ema.power, max_decay=options.ema.max_decay)
         self.raw_model = model
         if options.compile:
@@ -91,7 +78,7 @@ class Trainer:
     def set_training_data(self, data, *, since):
         """Draw batches from ``data`` from step ``since`` on; an epoch, as a unit of time, stays what it was."""
         self.train_data, self.data_since = data, since
-        self._order_epoch = None
+        self._order_epoch = self._stream = None
 
     # The loop ------------------------------------------------------------------------------------------------
 
@@ -129,21 +116,17 @@ class Trainer:
         self.save()
 
     def _train_step(self):
-        options, accumulation = self.options, self.options.gradient_accumulation
-        epoch, position = divmod(self.step - self.data_since, len(self.train_data) // self.batch_size)
-        order = self._epoch_order(epoch)
-        indices = order[position * self.batch_size : (position + 1) * self.batch_size]
+        options = self.options
+        indices, own = self._rows(self.step)
         generator = torch.Generator().manual_seed(self._step_seed(self.step))
         # Drawn for the whole batch, then cut, so that neither accumulation nor the number of processes changes it.
         randomness = self.raw_model.randomness(len(indices), generator)
         torch.manual_seed(self._step_seed(self.step) + 1 + self.accelerator.process_index)  # dropout
-        lr = options.lr * cosine_schedule(self.step, total=self.total_steps, warmup=options.warmup_steps)
+        self._lr = learning_rate(self.step, options, total=self.total_steps, steps_per_epoch=self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        parts = np.array_split(np.arange(len(indices)), accumulation * self.accelerator.num_processes)
-        own = parts[self.accelerator.process_index :: self.accelerator.num_processes]
+            group["lr"] = self._lr * group["lr_scale"]
         for number, rows in enumerate(own):
-            batch = self._batch(self.train_data, indices[rows], augment=True)
+            batch = self._training_batch(indices[rows])
             drawn = {key: value[rows].to(self.accelerator.device) for key, value in randomness.items()}
             synchronise = number == len(own) - 1
             with self.accelerator.no_sync(self.model) if not synchronise else contextlib.nullcontext():
@@ -157,6 +140,30 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.raw_model, self.step)
         self.step += 1
+
+    def _rows(self, step):
+        """Indices of the training data in the batch of ``step``, and the rows of it in each own micro-batch."""
+        epoch, position = divmod(step - self.data_since, len(self.train_data) // self.batch_size)
+        indices = self._epoch_order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        parts = np.array_split(
+            np.arange(len(indices)), self.options.gradient_accumulation * self.accelerator.num_processes
+        )
+        return indices, parts[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _training_batch(self, indices):
+        """Rows ``indices`` of the training data, augmented; the next of its stream, where it prepares batches ahead."""
+        if not hasattr(self.train_data, "stream"):
+            return self._batch(self.train_data, indices, augment=True)
+        if self._stream is None:
+            self._stream = self.train_data.stream(self._requests(self.step))
+        return to_tensors(next(self._stream), self.accelerator.device)
+
+    def _requests(self, step):
+        """What this process trains on from ``step`` on: a list of (index, seed of its augmentation) a micro-batch."""
+        for number in range(step, self.total_steps):
+            indices, own = self._rows(number)
+            for rows in own:
+                yield [(int(index), self._step_seed(number)) for index in indices[rows]]
 
     def _epoch_order(self, epoch):
         if self._order_epoch != epoch:
@@ -186,7 +193,7 @@ class Trainer:
             raise FloatingPointError(
                 f"loss: got {values['loss']} at step {self.step}; the last checkpoint is untouched"
             )
-        self.log({**{f"train_{k}": v for k, v in values.items()}, "lr": self.optimizer.param_groups[0]["lr"]}, rate)
+        self.log({**{f"train_{k}": v for k, v in values.items()}, "lr": self._lr}, rate)
         return values["loss"]
 
     def log(self, values, rate=None):
@@ -278,10 +285,8 @@ class Trainer:
 
     def _all_tensors(self):
         tensors = {**self._weights(self.raw_model, "model"), **self._weights(self.ema.model, "ema")}
-        for name, parameter in zip(self.names, self.trained, strict=True):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        return tensors
+        moments = state_tensors(self.optimizer, self.named)
+        return tensors | {f"optimizer.{name}": value for name, value in moments.items()}
 
     def resume(self):
         """Continue from checkpoints/last.safetensors of the run folder; drops metrics logged after it."""
@@ -292,15 +297,8 @@ class Trainer:
 
         load_weights(self.raw_model, part("model."), str(path))
         load_weights(self.ema.model, part("ema."), str(path))
-        for name, parameter in zip(self.names, self.trained, strict=True):
-            values = {key: part(f"optimizer.{key}.").get(name) for key in ("step", "exp_avg", "exp_avg_sq")}
-            if any(value is None for value in values.values()):
-                raise ValueError(f"{path}: got no optimizer state for {name!r}, allowed: the same trained parameters")
-            step = values.pop("step")
-            # Laid out in memory as the parameter, which the fused optimizer relies on.
-            moments = {key: torch.empty_like(parameter).copy_(value) for key, value in values.items()}
-            self.optimizer.state[parameter] = {"step": step.to(parameter.device), **moments}
-        self.step = state["step"]
+        load_state(self.optimizer, self.named, part("optimizer."), path)
+        self.step, self._stream = state["step"], None
 
     def _request_stop(self, number, _frame):
         if self._stop is not None:  # asked twice: do not wait for the step to end
@@ -354,8 +352,7 @@ def _check_options(options):
     ):
         if options[key] < 1:
             raise ValueError(f"training.{key}: got {options[key]}, allowed: >= 1")
-    if len(options.betas) != 2 or not all(0 <= beta < 1 for beta in options.betas):
-        raise ValueError(f"training.betas: got {list(options.betas)}, allowed: two numbers from 0 to below 1")
+    check_optimizer(options)
 
 
 def _accelerator(precision, device):

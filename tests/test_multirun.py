@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 import train
 from eval.command import command
+from eval.tracker import open_tracker
 
 ROOT = Path(__file__).parent.parent
 
@@ -165,7 +166,7 @@ def test_every_job_has_a_wandb_session_of_its_own(monkeypatch, tmp_path):
     fake = types.SimpleNamespace(finish=lambda: calls.append("finish"), init=lambda **options: calls.append("init"))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):
-        train._tracker({"wandb": {"mode": "offline", "project": "p"}}, tmp_path)
+        open_tracker({"wandb": {"mode": "offline", "project": "p"}}, tmp_path)
     assert calls == ["finish", "init"] * 2
 
 

@@ -189,7 +189,8 @@ def test_a_run_from_before_an_option_existed_goes_on(tmp_path):
     config = {"training": {"lr": 1.0, "epochs": 2}, "seed": 1}
     save_checkpoint(tmp_path / "checkpoints" / "last.safetensors", {}, config=config, state={"step": 0})
     stored = train.stored_config(tmp_path, ["training.epochs=3"])
-    assert stored.training == {"compile": False, "lr": 1.0, "epochs": 3} and stored.dagger.rounds == 0
+    assert (stored.training.lr, stored.training.epochs, stored.training.optimizer) == (1.0, 3, "adamw")
+    assert stored.training.compile is False and stored.dagger.rounds == 0
     config["dagger"] = {"rounds": 2}
     save_checkpoint(tmp_path / "checkpoints" / "last.safetensors", {}, config=config, state={"step": 0})
     assert train.stored_config(tmp_path, []).dagger.rounds == 2

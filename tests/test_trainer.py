@@ -24,7 +24,8 @@ from policy.build import build_model
 from policy.checkpoint import load_checkpoint
 from policy.curves import plot_curves, read_metrics
 from policy.dataset import FrameDataset, epoch_order
-from policy.trainer import Trainer, cosine_schedule
+from policy.optim import cosine_schedule
+from policy.trainer import Trainer
 
 TESTS = Path(__file__).parent
 CASES = {  # what a run uses: arguments of ``start``
@@ -76,7 +77,7 @@ def everything(trained):
     """All numbers that a run ends with, by name."""
     tensors = {f"model.{name}": tensor for name, tensor in trained.raw_model.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in trained.ema.model.state_dict().items()}
-    for name, parameter in zip(trained.names, trained.trained, strict=True):
+    for name, parameter in trained.named:
         tensors |= {f"{key}.{name}": value for key, value in trained.optimizer.state[parameter].items()}
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -230,7 +231,7 @@ def test_frozen_parameters_stay_and_resume(tmp_path):
     run = start(tmp_path, images=True, prepare=freeze)
     before = copy.deepcopy(run.raw_model.encoder.state_dict())
     run.fit(stop_at=4)
-    assert not any(name.startswith("encoder.") for name in run.names)
+    assert not any(name.startswith("encoder.") for name, _ in run.named)
     again = start(tmp_path, images=True, prepare=freeze, fresh=3)
     again.resume()
     again.fit()
@@ -332,13 +333,6 @@ def test_gradient_clipping(tmp_path):
     assert moments[0.01].norm() == pytest.approx(0.01, rel=1e-3)
     torch.testing.assert_close(moments[0.01] / 0.01, moments[None] / moments[None].norm(), rtol=1e-3, atol=1e-6)
     assert torch.equal(moments[1e6], moments[None])
-
-
-@pytest.mark.parametrize(("total", "warmup"), [(100, 10), (7, 0), (5, 5), (3, 10), (1, 0)])
-def test_cosine_schedule(total, warmup):
-    for step in range(total):
-        expected = step / warmup if step < warmup else math.cos(math.pi / 2 * (step - warmup) / (total - warmup)) ** 2
-        assert cosine_schedule(step, total=total, warmup=warmup) == pytest.approx(expected, abs=1e-12)
 
 
 def test_learning_rate_follows_the_schedule(tmp_path):
@@ -492,7 +486,7 @@ def test_looking_does_not_change_training(tmp_path):
 
 def test_no_option_is_forgotten_here():
     """The tests below go through the options of tiny.TRAINING one by one; the command line has the same ones."""
-    config = OmegaConf.load(TESTS.parent / "config" / "base.yaml")
+    config = OmegaConf.load(TESTS.parent / "config" / "run.yaml")
     assert set(config.training) == set(tiny.TRAINING) and set(config.training.ema) == set(tiny.TRAINING["ema"])
 
 
@@ -511,6 +505,9 @@ def default_weights(tmp_path_factory):
     [
         {"seed": 1},
         {"lr": 2e-2},
+        {"min_lr": 5e-3},
+        {"optimizer": "sgd"},
+        {"schedule": "steps"},
         {"betas": [0.8, 0.999]},
         {"betas": [0.95, 0.9]},
         {"eps": 1e-2},

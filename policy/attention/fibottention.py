@@ -104,15 +104,16 @@ def pattern_density(offsets, num_tokens):
     return pairs / len(offsets) / num_tokens**2
 
 
-def _mask_of_table(table, num_tokens, prefix_tokens):
-    index = torch.arange(num_tokens, device=table.device)
-    distance = index[None, :] - index[:, None]  # of the key from the query
-    size = prefix_tokens + num_tokens
-    mask = torch.ones(len(table), size, size, dtype=torch.bool, device=table.device)
+def _mask_of_table(table, num_tokens, prefix_tokens, kept=None):
+    """Attended pairs (H, P+N, P+N); with ``kept`` (B, n), the patch tokens that are there, (H, B, P+n, P+n)."""
+    index = torch.arange(num_tokens, device=table.device) if kept is None else kept
+    distance = index[..., None, :] - index[..., :, None]  # of the key from the query
+    size = prefix_tokens + index.shape[-1]
+    mask = torch.ones(len(table), *index.shape[:-1], size, size, dtype=torch.bool, device=table.device)
     real = torch.arange(1, table.shape[1], device=table.device) <= table[:, :1]
     attended = torch.zeros(len(table), 2 * num_tokens, dtype=torch.bool, device=table.device)
     attended.scatter_(1, torch.where(real, table[:, 1:] + num_tokens, 0).long(), True)  # column 0 is no distance
-    mask[:, prefix_tokens:, prefix_tokens:] = attended[:, distance + num_tokens]
+    mask[..., prefix_tokens:, prefix_tokens:] = attended[:, distance + num_tokens]
     return mask
 
 
@@ -183,7 +184,7 @@ def _backend(name, q, dropout_p):
 
 
 def _dense(q, k, v, mask, masked_score, scale, dropout_p):
-    """The reference over all pairs; q, k, v (B, H, T, D), mask (H, T, T)."""
+    """The reference over all pairs; q, k, v (B, H, T, D), mask (H, T, T) or (B, H, T, T)."""
     scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, T, T)
     if masked_score == "zero":
         weights = torch.where(mask, scores, 0.0).softmax(dim=-1)
@@ -237,17 +238,29 @@ class FibottentionAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, attn_mask=None, is_causal=False):
-        """x (B, P+N, C) -> (B, P+N, C); timm's blocks pass the two switches, which must be off here."""
+    def forward(self, x, attn_mask=None, is_causal=False, kept=None):
+        """x (B, P+N, C) -> (B, P+N, C); timm's blocks pass the two switches, which must be off here.
+
+        kept (B, n): the patch tokens that x (B, P+n, C) holds when the others were dropped; the pattern joins those
+        that it joins among all N. The n tokens are then evaluated densely, over all their pairs.
+        """
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask, is_causal: got one, allowed: neither (the pattern of Fibottention is fixed)")
         batch, tokens, dim = x.shape
-        if tokens != self.prefix_tokens + self.num_patches:
-            expected = f"{self.prefix_tokens} prefix + {self.num_patches} patch tokens"
-            raise ValueError(f"tokens: got {tokens}, allowed: {expected}")
+        patches = self.num_patches if kept is None else kept.shape[1]
+        if tokens != self.prefix_tokens + patches:
+            raise ValueError(f"tokens: got {tokens}, allowed: {self.prefix_tokens} prefix + {patches} patch tokens")
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, P+N, D)
-        out = fibottention(
+        out = self._attend(q, k, v, kept)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+
+    def _attend(self, q, k, v, kept):
+        dropout_p = self.attn_drop if self.training else 0.0
+        if kept is not None:
+            mask = _mask_of_table(self.table, self.num_patches, self.prefix_tokens, kept).transpose(0, 1)
+            return _dense(q, k, v, mask, self.masked_score, q.shape[-1] ** -0.5, dropout_p)
+        return fibottention(
             q,
             k,
             v,
@@ -255,10 +268,9 @@ class FibottentionAttention(nn.Module):
             prefix_tokens=self.prefix_tokens,
             masked_score=self.masked_score,
             backend=self.backend,
-            dropout_p=self.attn_drop if self.training else 0.0,
+            dropout_p=dropout_p,
             table=self.table,
         )
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
 
     def extra_repr(self):
         return f"heads={self.num_heads}, patches={self.num_patches}, density={self.density():.3f}"

@@ -19,8 +19,8 @@ class SoftmaxAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, attn_mask=None, is_causal=False):
-        """x (B, P+N, C) -> (B, P+N, C)."""
+    def forward(self, x, attn_mask=None, is_causal=False, kept=None):
+        """x (B, P+N, C) -> (B, P+N, C); which patch tokens are ``kept`` does not matter here: all that are attend."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, P+N, D)

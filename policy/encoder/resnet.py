@@ -24,6 +24,14 @@ class ResNet18Encoder(nn.Module):
         self.readout = nn.Linear(self.keypoints.out_dim, out_dim)
         self.out_dim = out_dim
 
+    num_layers = 5  # for layer-wise learning rates: the stem, four stages; what follows is the last one's successor
+
+    def layer_of(self, name):
+        """Layer of the parameter called ``name``: 0 stem, 1 to 4 stages, ``num_layers`` key points and read-out."""
+        if not name.startswith("backbone."):
+            return self.num_layers
+        return max(int(name.split(".")[1]) - 3, 0)
+
     def forward(self, images):
         """images (B, 3, h, w) in [-1, 1] -> features (B, out_dim)."""
         return self.readout(self.keypoints(self.backbone(images)))

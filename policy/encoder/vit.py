@@ -1,8 +1,10 @@
 """Vision transformer encoder: timm's ``VisionTransformer`` with the attention of every block replaced by ours."""
 
 import timm
+import torch
 from timm.models import is_model_in_modules
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from policy.attention import build_attention
 from policy.encoder.spatial_softmax import SpatialSoftmax
@@ -132,13 +134,50 @@ class ViTEncoder(nn.Module):
             )
             block.attn.load_state_dict(original.state_dict())
 
-    def tokens(self, images):
-        """images (B, 3, h, w) in [-1, 1] -> tokens after the final norm (B, P+N, C)."""
-        return self.vit.forward_features(images)
+    @property
+    def num_layers(self):
+        """Layers for layer-wise learning rates: the embedding, the blocks; what follows is the last one's successor."""
+        return len(self.vit.blocks) + 1
 
-    def forward(self, images):
-        """images (B, 3, h, w) in [-1, 1] -> features (B, out_dim)."""
-        tokens = self.tokens(images)
+    def layer_of(self, name):
+        """Layer of the parameter called ``name``: 0 embedding, 1.. blocks, ``num_layers`` norm and read-out."""
+        if name.startswith("vit.blocks."):
+            return int(name.split(".")[2]) + 1
+        embedding = ("vit.patch_embed", "vit.cls_token", "vit.reg_token", "vit.pos_embed", "vit.norm_pre")
+        return 0 if name.startswith(embedding) else self.num_layers
+
+    def embed(self, images):
+        """images (B, 3, h, w) in [-1, 1] -> tokens with their position codes, before the blocks (B, P+N, C)."""
+        return self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images)))
+
+    def tokens(self, images, kept=None):
+        """images (B, 3, h, w) in [-1, 1] -> tokens after the final norm (B, P+N, C).
+
+        kept (B, n): patch tokens to go on with, the others are dropped before the first block as in masked
+        autoencoders (arXiv 2111.06377, section 3): (B, P+n, C).
+        """
+        if kept is None:
+            return self.vit.forward_features(images)
+        x = self.embed(images)
+        index = kept[..., None].expand(-1, -1, x.shape[-1])
+        x = torch.cat([x[:, : self.prefix_tokens], x[:, self.prefix_tokens :].gather(1, index)], dim=1)
+        for block in self.vit.blocks:
+            if self.vit.grad_checkpointing:
+                x = checkpoint(_run_block, block, x, kept, use_reentrant=False)
+            else:
+                x = _run_block(block, x, kept)
+        return self.vit.norm(x)
+
+    def forward(self, images, kept=None):
+        """images (B, 3, h, w) in [-1, 1], ``kept`` as in ``tokens`` -> features (B, out_dim)."""
+        if kept is not None and self.pool == "spatial_softmax":
+            raise ValueError(
+                "kept: got some of the tokens, allowed with pool 'spatial_softmax': all (it needs the grid)"
+            )
+        return self.read(self.tokens(images, kept))
+
+    def read(self, tokens):
+        """tokens after the final norm (B, P+N, C) -> features (B, out_dim)."""
         patches = tokens[:, self.prefix_tokens :]  # (B, N, C)
         if self.pool == "cls":
             pooled = tokens[:, 0]
@@ -147,6 +186,12 @@ class ViTEncoder(nn.Module):
         else:
             pooled = self.keypoints(patches.transpose(1, 2).unflatten(2, self.grid))
         return self.readout(pooled)
+
+
+def _run_block(block, x, kept):
+    """timm's block, whose own forward does not hand ``kept`` to the attention."""
+    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), kept=kept)))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def _attention_parameters(block):

@@ -1,0 +1,93 @@
+"""Image classification with the encoder of a policy: linear probe, fine-tuning, from scratch, masked pre-training.
+
+    python -m eval.classify_image                                        what encoders know of Push-T, in a minute
+    python -m eval.classify_image --data cifar10 --mode scratch          a new encoder
+    python -m eval.classify_image --data FOLDER_OR_ZIP --encoder RUN --mode finetune
+
+A run's encoder, once trained here, starts a policy: python train.py --config-dir=config/pusht encoder.init=RUN ...
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+
+from envs import make_data
+from eval import classify
+from eval.classify_plots import plot_examples
+from eval.command import command
+from policy.dataset.image_sources import open_images
+from policy.dataset.images import ImageDataset
+from policy.dataset.labelled import open_labelled
+from policy.trainer import to_tensors
+
+PROBED = (classify.RANDOM, "pretrained/pusht_policy.safetensors")  # without --encoder
+
+
+def open_data(config):
+    """(training data, test data) that ``config`` names: an embedded task, or images from disk."""
+    size, frozen = config["image_size"], config["encoder"]["freeze"]
+    if config["data"] in config["embedded"]:
+        entry = dict(config["embedded"][config["data"]])
+        options = {"image_size": size, "storage": "mmap", "cache_dir": config["cache_dir"]}
+        task, pad = entry.pop("task"), entry.pop("pad")
+        path = make_data(entry.pop("maker"), cache_dir=config["cache_dir"], **entry)
+        train = open_labelled(path, task, split="train", pad=0 if frozen else pad, **options)
+        return train, open_labelled(path, task, split="test", **options)
+    where = {"root": config["root"], "download": config["download"]}
+    train, test = (open_images(config["data"], split, **where) for split in ("train", "test"))
+    augment = None if frozen else config["augment"]  # features are computed once
+    return (
+        ImageDataset(train, image_size=size, augment=augment, workers=config["workers"]),
+        ImageDataset(test, image_size=size, workers=config["workers"]),
+    )
+
+
+def configure(args, *, source=None, init="none"):
+    """The configuration of one run; ValueError for augmentation that would change the labels of an embedded task."""
+    config = classify.configure("image", args, source=source, init=init)
+    if config["data"] in config["embedded"]:
+        if any(change.startswith("augment") for change in args.overrides):
+            raise ValueError(
+                f"augment: got a change, allowed for {config['data']}: embedded.{config['data']}.pad alone"
+            )
+        config["augment"] = {"pad": config["embedded"][config["data"]]["pad"]}
+    return config
+
+
+def run(config, run_dir, *, source=None, resume=False):
+    """Train and test what ``config`` describes; returns the summary, None without labels."""
+    started = time.monotonic()
+    train_data, test_data = open_data(config)
+    print(f"{config['data']}: {len(train_data)} training, {len(test_data)} test images, {config['image_size']} px")
+    config = classify.complete(config, train_data)
+    trainer = classify.fit(config, train_data, test_data, run_dir=run_dir, source=source, resume=resume)
+    if config["mode"] == "pretrain" or not trainer.accelerator.is_main_process:
+        return None
+    summary = classify.finish(trainer, config, run_dir, started=started)
+    _draw_examples(trainer, test_data, config, run_dir / "examples.png")
+    return summary
+
+
+def _draw_examples(trainer, test_data, config, path, count=32):
+    """What the trained model makes of ``count`` test images."""
+    indices = np.linspace(0, len(test_data) - 1, min(count, len(test_data))).astype(int)
+    images = test_data.batch(indices)
+    tested = to_tensors(trainer.test_data.batch(indices), trainer.accelerator.device)  # perhaps cached features
+    with torch.no_grad():
+        predicted = trainer.ema.model.logits(tested).argmax(dim=1).cpu()
+    plot_examples(path, images["image"].numpy(), images["label"].numpy(), predicted.numpy(), config["classes"])
+
+
+@command
+def main(arguments=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    classify.add_arguments(parser, modes=("probe", "finetune", "scratch", "pretrain"))
+    args = parser.parse_args(arguments)
+    classify.main(args, configure=configure, run=run, kind="image", probed=PROBED)
+
+
+if __name__ == "__main__":
+    main()

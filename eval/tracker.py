@@ -1,0 +1,22 @@
+"""Experiment trackers: where the lines of metrics.jsonl also go."""
+
+from pathlib import Path
+
+
+def open_tracker(options, run_dir):
+    """A function that hands a line (a dictionary with "step", pictures as paths) to wandb, if ``options`` say so."""
+    mode = options["wandb"]["mode"]
+    if mode not in ("disabled", "offline", "online"):
+        raise ValueError(f"wandb.mode: got {mode!r}, allowed: disabled, offline, online")
+    if mode == "disabled":
+        return lambda line: None
+    import wandb
+
+    wandb.finish()  # the session of a sweep's job before, which would go on
+    session = wandb.init(project=options["wandb"]["project"], mode=mode, dir=run_dir, config=options)
+
+    def log(line):
+        shown = {key: wandb.Image(str(value)) if isinstance(value, Path) else value for key, value in line.items()}
+        session.log(shown, step=line["step"])
+
+    return log

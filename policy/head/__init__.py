@@ -1,0 +1,1 @@
+"""Classification heads on the encoders of policies."""

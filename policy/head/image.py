@@ -1,0 +1,149 @@
+"""Image classification with a policy's vision encoder and a linear head."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from policy.encoder.observation import ObservationEncoder
+from policy.head.mixing import draw_mixing, mix_images, soft_targets
+from policy.normalizer import Normalizer
+
+FEATURES = ("output", "mean", "cls")
+CAMERA = "image"
+
+
+def build_head(width, hidden, num_classes):
+    """A linear head (B, width) -> (B, K) that starts at nothing, or one with a layer of ``hidden`` units before it."""
+    if hidden is not None and hidden < 1:
+        raise ValueError(f"model.hidden: got {hidden}, allowed: >= 1 or null")
+    last = nn.Linear(hidden or width, num_classes)
+    nn.init.trunc_normal_(last.weight, std=2e-5)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), last) if hidden else last
+
+
+class ImageClassifier(nn.Module):
+    """images -> scores of ``num_classes``; ``encoder`` is an ``ObservationEncoder`` of one camera, as in a policy.
+
+    features: "output" (what the encoder hands to a policy), "mean" of the patch tokens or the "cls" token;
+    normalize_features: batch normalisation without weights before the head, for frozen encoders (arXiv 2111.06377,
+    appendix A.1); hidden: width of a hidden layer of the head, None for a linear one. In training only: mixup and
+    cutmix (parameters of their Beta distributions), label_smoothing, and mask_ratio, the share of the patch tokens that
+    are dropped before the first block.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape_meta,
+        crop,
+        encoder,
+        attention,
+        num_classes,
+        features="output",
+        normalize_features=False,
+        hidden=None,
+        mixup=0.0,
+        cutmix=0.0,
+        label_smoothing=0.0,
+        mask_ratio=0.0,
+    ):
+        super().__init__()
+        if features not in FEATURES:
+            raise ValueError(f"model.features: got {features!r}, allowed: {', '.join(FEATURES)}")
+        if num_classes < 2:
+            raise ValueError(f"num_classes: got {num_classes}, allowed: >= 2")
+        if min(mixup, cutmix) < 0 or not 0 <= label_smoothing < 1 or not 0 <= mask_ratio < 1:
+            got = f"{mixup}, {cutmix}, {label_smoothing}, {mask_ratio}"
+            raise ValueError(
+                f"mixup, cutmix, label_smoothing, mask_ratio: got {got}, allowed: >= 0, >= 0, 0 to below 1 twice"
+            )
+        self.encoder = ObservationEncoder(
+            shape_meta=shape_meta["obs"], crop=crop, encoder=encoder, attention=attention, normalizer=Normalizer({})
+        )
+        self.features, self.num_classes = features, num_classes
+        self.mixup, self.cutmix, self.label_smoothing, self.mask_ratio = mixup, cutmix, label_smoothing, mask_ratio
+        vision = self.vision
+        if not hasattr(vision, "tokens") and (features != "output" or mask_ratio):
+            raise ValueError("features, mask_ratio: got a choice of tokens, allowed: output and 0 (no ViT)")
+        if features == "cls" and vision.vit.cls_token is None:
+            raise ValueError("model.features: got 'cls', allowed: output, mean (no class token)")
+        width = vision.out_dim if features == "output" else vision.vit.embed_dim
+        if features != "output":  # a parameter that gets no gradient stops a run on several GPUs, and resuming
+            for part in ("readout", "keypoints"):
+                getattr(vision, part, nn.Identity()).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if normalize_features else nn.Identity()
+        self.head = build_head(width, hidden, num_classes)
+
+    @property
+    def vision(self):
+        """The encoder of the one camera."""
+        return self.encoder.encoders[CAMERA]
+
+    @property
+    def num_layers(self):
+        """Layers for layer-wise learning rates, the head being the last one's successor."""
+        return self.vision.num_layers
+
+    def layer_of(self, name):
+        """Layer of the parameter called ``name``: 0 for the input, ``num_layers`` for the head."""
+        prefix = f"encoder.encoders.{CAMERA}."
+        return self.vision.layer_of(name.removeprefix(prefix)) if name.startswith(prefix) else self.num_layers
+
+    def fit_normalizer(self, dataset):
+        """Nothing to fit: images come in [-1, 1]."""
+
+    def compile_training(self):
+        """Compile what a training step spends its time in (torch.compile)."""
+        self.encoder.compile_cameras()
+
+    def randomness(self, count, generator):
+        """What a training step draws: how to mix, and an order of the patch tokens of which the last are dropped."""
+        drawn = {}
+        if self.mixup or self.cutmix:
+            drawn |= draw_mixing(count, generator, mixup=self.mixup, cutmix=self.cutmix)
+        if self.mask_ratio:
+            rows, columns = self.vision.grid
+            drawn["order"] = torch.rand(count, rows * columns, generator=generator)
+        return drawn
+
+    def encode(self, images, kept=None):
+        """images (B, 3, h, w) in [-1, 1] -> features (B, width)."""
+        if self.features == "output":
+            return self.vision(images) if kept is None else self.vision(images, kept)
+        tokens = self.vision.tokens(images, kept)
+        return tokens[:, 0] if self.features == "cls" else tokens[:, self.vision.prefix_tokens :].mean(dim=1)
+
+    def encode_batch(self, batch):
+        """{"image": (B, 3, h, w)} -> features (B, width), what ``logits`` takes in place of images."""
+        return self.encode(batch["image"])
+
+    def logits(self, batch):
+        """{"image": (B, 3, h, w)} or {"features": (B, width)} -> scores (B, K)."""
+        features = batch["features"] if "features" in batch else self.encode_batch(batch)
+        return self.head(self.norm(features.float()))
+
+    def forward(self, batch, randomness):
+        """{"loss": cross-entropy, "top1": share of images whose label, when mixed the larger one, scores highest}."""
+        labels = batch["label"]
+        if not self.training or "features" in batch:
+            logits = self.logits(batch)
+            smoothing = self.label_smoothing if self.training else 0.0
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            return {"loss": loss, "top1": (logits.argmax(dim=1) == labels).float().mean()}
+        images, share = batch["image"], None
+        if "share" in randomness:
+            images, share = mix_images(images, randomness)
+        kept = _kept(randomness["order"], self.mask_ratio) if "order" in randomness else None
+        logits = self.head(self.norm(self.encode(images, kept).float()))
+        loss = F.cross_entropy(
+            logits, soft_targets(labels, self.num_classes, smoothing=self.label_smoothing, share=share)
+        )
+        main = labels if share is None else torch.where(share >= 0.5, labels, labels.flip(0))
+        return {"loss": loss, "top1": (logits.argmax(dim=1) == main).float().mean()}
+
+
+def _kept(order, ratio):
+    """Ascending indices (B, n) of the patch tokens that stay, those of the smallest ``order`` (B, N)."""
+    count = max(round(order.shape[1] * (1 - ratio)), 1)
+    return order.argsort(dim=1)[:, :count].sort(dim=1).values

@@ -1,0 +1,106 @@
+"""Optimizers, learning-rate schedules and parameter groups that a configuration's ``training`` section names."""
+
+import math
+
+import torch
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "steps")
+
+
+def check_optimizer(options):
+    """Raise ValueError for a choice in ``options`` (the ``training`` section) that does not exist."""
+    for key, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if options[key] not in allowed:
+            raise ValueError(f"training.{key}: got {options[key]!r}, allowed: {', '.join(allowed)}")
+    if len(options.betas) != 2 or not all(0 <= beta < 1 for beta in options.betas):
+        raise ValueError(f"training.betas: got {list(options.betas)}, allowed: two numbers from 0 to below 1")
+    if not 0 <= options.min_lr <= options.lr:
+        raise ValueError(f"training.min_lr: got {options.min_lr}, allowed: 0 to lr {options.lr}")
+    if list(options.milestones) != sorted(set(options.milestones)) or min(options.milestones, default=1) <= 0:
+        raise ValueError(f"training.milestones: got {list(options.milestones)}, allowed: increasing epochs above 0")
+    if options.layer_decay is not None and not 0 < options.layer_decay <= 1:
+        raise ValueError(f"training.layer_decay: got {options.layer_decay}, allowed: above 0, up to 1, or null")
+
+
+def cosine_schedule(step, *, total, warmup):
+    """Factor of the learning rate: linear from 0 over ``warmup`` steps, then half a cosine to 0 at ``total``."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
+
+
+def step_schedule(step, *, milestones, gamma, warmup):
+    """Factor of the learning rate: linear from 0 over ``warmup`` steps, then times ``gamma`` at each milestone step."""
+    if step < warmup:
+        return step / warmup
+    return gamma ** sum(step >= milestone for milestone in milestones)
+
+
+def learning_rate(step, options, *, total, steps_per_epoch):
+    """Learning rate of update ``step`` (from 0) of ``total``; milestones are in epochs."""
+    warmup = options.warmup_steps
+    if options.warmup_epochs is not None:
+        warmup = round(options.warmup_epochs * steps_per_epoch)
+    if options.schedule == "steps":
+        milestones = [round(epoch * steps_per_epoch) for epoch in options.milestones]
+        return options.lr * step_schedule(step, milestones=milestones, gamma=options.gamma, warmup=warmup)
+    factor = cosine_schedule(step, total=total, warmup=warmup)
+    floor = options.min_lr if step >= warmup else 0.0
+    return floor + (options.lr - floor) * factor
+
+
+def parameter_groups(model, options):
+    """Groups for the optimizer, each with ``lr_scale``, of the parameters of ``model`` that are trained.
+
+    A model with ``layer_of(name) -> depth from the input`` and ``num_layers`` gets layer-wise learning rates,
+    ``layer_decay`` to the power of the layers above (arXiv 2111.06377, appendix A.1, after arXiv 2003.10555), and, as
+    there, no weight decay of vectors, class token and position codes. All others get one group.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not hasattr(model, "layer_of"):
+        if options.layer_decay is not None:
+            raise ValueError(f"training.layer_decay: got {options.layer_decay}, allowed: null for this model")
+        return [{"params": [p for _, p in trained], "lr_scale": 1.0, "weight_decay": options.weight_decay}]
+    decay, groups = options.layer_decay or 1.0, {}
+    for name, parameter in trained:
+        layer = model.layer_of(name)
+        plain = parameter.ndim == 1 or name.endswith(("cls_token", "pos_embed", "time_embed"))
+        group = {
+            "lr_scale": decay ** (model.num_layers - layer),
+            "weight_decay": 0.0 if plain else options.weight_decay,
+        }
+        groups.setdefault((layer, plain), {**group, "params": []})["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(model, options):
+    """The optimizer of ``options`` over the parameter groups of ``model``."""
+    groups = parameter_groups(model, options)
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas), eps=options.eps, fused=True)
+
+
+def state_tensors(optimizer, named):
+    """{"KEY.NAME": tensor} of what ``optimizer`` remembers of the parameters ``named`` [(name, parameter)]."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in named
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
+
+
+def load_state(optimizer, named, tensors, path):
+    """Give ``optimizer`` back what ``state_tensors`` wrote; ValueError where a parameter's part is missing."""
+    keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.SGD) else ("step", "exp_avg", "exp_avg_sq")
+    for name, parameter in named:
+        values = {key: tensors.get(f"{key}.{name}") for key in keys}
+        if any(value is None for value in values.values()):
+            raise ValueError(f"{path}: got no optimizer state for {name!r}, allowed: the same trained parameters")
+        # Laid out in memory as the parameter, which the fused optimizer relies on; a step count stays a scalar.
+        optimizer.state[parameter] = {
+            key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
+            for key, value in values.items()
+        }
