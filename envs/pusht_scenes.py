@@ -83,7 +83,9 @@ def ensure_images(source, *, cache_dir, image_size=96):
             f"{source}: got neither data/img to see nor data/state to render, allowed: a replay buffer with data/img,"
             " or with data/state, data/action and meta/episode_ends"
         )
-    states, action, ends = (read_array(root, name, source) for name in ("data/state", "data/action", "meta/episode_ends"))
+    states, action, ends = (
+        read_array(root, name, source) for name in ("data/state", "data/action", "meta/episode_ends")
+    )
     if states.ndim != 2 or states.shape[1] != 5 or not np.isfinite(states).all():
         raise ValueError(f"{source}: data/state: got shape {states.shape} or NaN, allowed: (F, 5) finite numbers")
     if not len(states) == len(action) == ends.max(initial=0):
