@@ -43,6 +43,15 @@ def add_arguments(parser, *, modes, presets=("cpu", "small", "paper")):
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
 
 
+def parse(parser, arguments):
+    """The arguments, in any order: a key=value after several encoders is one of the overrides."""
+    args = parser.parse_intermixed_args(arguments)
+    changes = [value for value in args.encoder if "=" in value and not Path(value).exists()]
+    args.encoder = [value for value in args.encoder if value not in changes]
+    args.overrides += changes
+    return args
+
+
 def main(args, *, kind, configure, run, probed):
     """What both commands do with their arguments; probed: encoders of a probe without ``--encoder``."""
     if args.resume:
@@ -204,6 +213,8 @@ def _run(function, data, device, description, batch_size=256):
     outputs, labels = [], []
     with tqdm(total=len(data), desc=description, unit="sample", leave=False, dynamic_ncols=True) as bar:
         for batch in batches:
+            if len(batch["label"]) == 0:  # none of its videos can be read
+                continue
             batch = to_tensors(batch, device)
             outputs.append(function(batch).float().cpu())
             labels.append(batch["label"].cpu())

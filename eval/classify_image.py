@@ -47,6 +47,10 @@ def open_data(config):
 def configure(args, *, source=None, init="none"):
     """The configuration of one run; ValueError for augmentation that would change the labels of an embedded task."""
     config = classify.configure("image", args, source=source, init=init)
+    if config["mode"] == "pretrain":
+        if any(change.startswith("recipe") for change in args.overrides):
+            raise ValueError("recipe: got a change, allowed with labels alone, not in mode pretrain")
+        del config["recipe"]
     if config["data"] in config["embedded"]:
         if any(change.startswith("augment") for change in args.overrides):
             raise ValueError(
@@ -85,7 +89,7 @@ def main(arguments=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     classify.add_arguments(parser, modes=("probe", "finetune", "scratch", "pretrain"))
-    args = parser.parse_args(arguments)
+    args = classify.parse(parser, arguments)
     classify.main(args, configure=configure, run=run, kind="image", probed=PROBED)
 
 

@@ -87,7 +87,7 @@ def main(arguments=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     classify.add_arguments(parser, modes=("probe", "finetune", "scratch"), presets=PRESETS)
-    args = parser.parse_args(arguments)
+    args = classify.parse(parser, arguments)
     classify.main(args, kind="video", configure=configure, run=run, probed=PROBED)
 
 

@@ -111,6 +111,9 @@ class Trainer:
             raise self._explain(error) from error
         finally:
             bar.close()
+            if self._stream is not None:  # what it prepared ahead waits in processes of its own
+                self._stream.close()
+                self._stream = None
             for number, handler in previous.items():
                 signal.signal(number, handler)
         self.save()

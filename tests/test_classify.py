@@ -1,0 +1,303 @@
+"""The image and video commands from end to end on tiny data, and an encoder's way between policy and classifier."""
+
+import itertools
+import json
+
+import av
+import numpy as np
+import pytest
+import tiny
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import train
+from eval import classify, classify_image, classify_video
+from eval.command import CONFIG
+from eval.compose import compose_at
+from policy.build import build_model
+from policy.checkpoint import load_encoder, load_model, save_checkpoint
+
+CLASSES = ("blue", "green", "red")
+SMALL = ["encoder.dim=16", "encoder.depth=1", "encoder.num_heads=2", "encoder.mlp_ratio=2"]
+QUICK = [*SMALL, "image_size=16", "workers=0", "training.epochs=3", "training.batch_size=8", "training.log_every=1"]
+
+
+def picture(colour, rng):
+    pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
+    pixels[..., 2 - CLASSES.index(colour)] += 150
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An image folder of three colours, 16 for training and 8 for testing of each."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 8)):
+        for colour in CLASSES:
+            (root / split / colour).mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(picture(colour, rng)).save(root / split / colour / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def policy_run(tmp_path_factory):
+    """A checkpoint of a tiny policy that sees crops of 8 of 12 px."""
+    config = tiny.policy_config(images=True)
+    path = tmp_path_factory.mktemp("policy") / "policy.safetensors"
+    tensors = {f"ema.{key}": value for key, value in build_model(config).state_dict().items()}
+    save_checkpoint(path, tensors, config=config, state={"step": 0})
+    return path
+
+
+def image(*arguments):
+    classify_image.main([str(argument) for argument in arguments])
+
+
+def video(*arguments):
+    classify_video.main([str(argument) for argument in arguments])
+
+
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+# Images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scratch(folder, tmp_path_factory):
+    """A run from scratch on the three colours."""
+    run = tmp_path_factory.mktemp("scratch")
+    image("--data", folder, "--mode", "scratch", "--output", run, "base_lr=0.3", *QUICK)
+    return run
+
+
+def test_from_scratch(scratch):
+    """Colours are learned; summary, pictures and checkpoint are those of the final EMA weights."""
+    found = summary(scratch)
+    assert found["top1"] > 0.9 and found["chance"] == pytest.approx(1 / 3) and found["test_samples"] == 24
+    assert sum(map(sum, found["confusion"])) == 24 and list(found["per_class"]) == list(CLASSES)
+    low, high = found["top1_ci95"]
+    assert low <= found["top1"] <= high
+    for name in ("confusion.png", "examples.png", "curves.png"):
+        assert Image.open(scratch / name).size[0] > 100
+    config = OmegaConf.load(scratch / "config.yaml")
+    assert config.classes == list(CLASSES)
+    _, test_data = classify_image.open_data(OmegaConf.to_container(config))
+    scores, labels = classify.predict(load_model(scratch), test_data)
+    assert classify.topk(scores, labels, 1) == pytest.approx(found["top1"])
+
+
+def test_a_stopped_run_goes_on(folder, scratch, tmp_path):
+    """Nine of eighteen steps, then the rest: the same weights as in one go."""
+    image("--data", folder, "--mode", "scratch", "--output", tmp_path, "base_lr=0.3", *QUICK, "training.max_steps=18")
+    half = tmp_path / "half"
+    config = OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"))
+    data = classify_image.open_data(config)
+    torch.manual_seed(config["seed"])
+    half.mkdir()
+    trainer = classify.Trainer(
+        build_model(config), data[0], None, options=OmegaConf.create(config["training"]), config=config, run_dir=half
+    )
+    trainer.fit(stop_at=9)
+    image("--resume", half)
+    whole, resumed = load_encoder(tmp_path).state_dict(), load_encoder(half).state_dict()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert summary(half)["confusion"] == summary(tmp_path)["confusion"]
+
+
+def test_probe_compares_encoders(folder, policy_run, tmp_path, capsys):
+    """Probes leave the encoder alone, see pictures of its size, and stand side by side."""
+    image("--data", folder, "--encoder", "random", policy_run, "--output", tmp_path, "training.epochs=2")
+    table = json.loads((tmp_path / "comparison.json").read_text())
+    assert list(table) == ["random", str(policy_run)] and Image.open(tmp_path / "comparison.png").size[0] > 100
+    assert "| chance | 33.3% | |" in capsys.readouterr().out
+    runs = [tmp_path / "0_random", tmp_path / "1_policy"]
+    encoders = [load_encoder(run).state_dict() for run in runs]
+    policy = load_encoder(policy_run).state_dict()
+    assert all(torch.equal(policy[key], encoders[1][key]) for key in policy)
+    assert not torch.equal(policy["readout.weight"], encoders[0]["readout.weight"])
+    assert encoders[0].keys() == policy.keys()
+    assert summary(runs[1])["image_size"] == 8
+
+
+def test_finetuning_starts_from_the_policy_with_another_grid(folder, policy_run, tmp_path, capsys):
+    options = ["image_size=16", "workers=0", "training.max_steps=1", "base_lr=1e-9"]
+    image("--data", folder, "--mode", "finetune", "--encoder", policy_run, "--output", tmp_path, *options)
+    assert "position codes interpolated from 2x2 to 4x4 patches" in capsys.readouterr().out
+    policy, tuned = load_encoder(policy_run).state_dict(), load_encoder(tmp_path).state_dict()
+    torch.testing.assert_close(tuned["vit.blocks.0.attn.qkv.weight"], policy["vit.blocks.0.attn.qkv.weight"])
+    assert tuned["vit.pos_embed"].shape == (1, 17, 16)
+    assert len(load_encoder(tmp_path).vit.blocks[0].attn.mask[0]) == 17
+
+
+def test_attention_of_an_encoder_may_be_replaced(folder, policy_run, tmp_path):
+    options = ["image_size=16", "workers=0", "training.max_steps=1", "attention=softmax"]
+    image("--data", folder, "--mode", "finetune", "--encoder", policy_run, "--output", tmp_path, *options)
+    assert summary(tmp_path)["attention"] == "softmax"
+
+
+def test_a_policy_starts_from_a_classifier(scratch):
+    """encoder.init=RUN of a classification run: its weights, on the policy's grid."""
+    config = tiny.policy_config(images=True)
+    source = OmegaConf.to_container(OmegaConf.load(scratch / "config.yaml"))
+    config["encoder"] = {**source["encoder"], "init": str(scratch), "freeze": False}
+    config["attention"] = source["attention"]
+    model = build_model(config)
+    message = train.start_encoder(model, config)
+    assert "position codes interpolated from 4x4 to 2x2 patches" in message
+    own, learned = model.encoder.encoders["image"].state_dict(), load_encoder(scratch).state_dict()
+    different = [key for key in own if not torch.equal(own[key], learned[key])]
+    assert different == ["vit.pos_embed"]
+
+
+def test_pretraining_starts_a_classifier(folder, tmp_path):
+    options = ["workers=0", "image_size=16", "training.max_steps=2", *SMALL]
+    image("--data", folder, "--mode", "pretrain", "--output", tmp_path / "mae", *options, "model.decoder_dim=16",
+          "model.decoder_depth=1", "model.decoder_heads=2")  # fmt: skip
+    assert any((tmp_path / "mae" / "reconstructions").iterdir())
+    image("--data", folder, "--encoder", tmp_path / "mae", "--output", tmp_path / "probe", "training.epochs=1")
+    learned, probed = load_encoder(tmp_path / "mae").state_dict(), load_encoder(tmp_path / "probe").state_dict()
+    assert all(torch.equal(learned[key], probed[key]) for key in learned)
+
+
+@pytest.mark.parametrize("task", ["pusht_octant", "pusht_side"])
+def test_embedded_images(task, tmp_path, capsys):
+    """A few rendered scenes; what would change their labels is refused."""
+    options = [f"embedded.{task}.frames=400", f"cache_dir={tmp_path}/cache", "training.epochs=1"]
+    image("--data", task, "--output", tmp_path / "run", "--encoder", "random", *options, *SMALL)
+    assert len(summary(tmp_path / "run")["per_class"]) == 8
+    with pytest.raises(SystemExit):
+        image("--data", task, "augment.flip=0.5", *options)
+    assert "augment: got a change" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode", "scratch", "--encoder", "x"], "--encoder: got 1, allowed with --mode scratch: 0"),
+        (["--mode", "finetune"], "--encoder: got 0, allowed with --mode finetune: 1"),
+        (["--encoder", "a", "a"], "allowed: each once"),
+        (["--encoder", "nowhere"], "nowhere, allowed: a .safetensors file or a run folder"),
+        (["--mode", "scratch", "--data", "cifra10"], "cifra10"),
+        (["--mode", "scratch", "training.epochs=none"], "training.epochs: got 'none', allowed: integer"),
+        (["--mode", "scratch", "modle.hidden=3"], "modle.hidden"),
+        (["--resume", "nowhere"], "nowhere"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        image(*arguments)
+    assert end.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_an_encoder_of_another_width_is_refused_with_its_keys(scratch):
+    config = tiny.policy_config(images=True)
+    source = OmegaConf.to_container(OmegaConf.load(scratch / "config.yaml"))
+    config["encoder"] = {**source["encoder"], "dim": 32, "init": str(scratch), "freeze": False}
+    config["attention"] = source["attention"]
+    with pytest.raises(ValueError, match=r"vit.blocks.0.attn.proj.weight: got \(16, 16\), allowed \(32, 32\)"):
+        train.start_encoder(build_model(config), config)
+
+
+# Videos ----------------------------------------------------------------------------------------------------------
+
+
+def write_video(path, colour, rng):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        for _ in range(6):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(colour, rng), format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Lists of coloured videos, one of which is no video."""
+    root, rng = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        lines = []
+        for label, number in itertools.product(range(3), range(count)):
+            name = f"{split}_{label}_{number}.avi"
+            write_video(root / name, CLASSES[label], rng)
+            lines.append(f"{name} {label}")
+        (root / f"{split}_broken.avi").write_bytes(b"no video")
+        (root / f"{split}.csv").write_text("\n".join([*lines, f"{split}_broken.avi 0"]))
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    return root
+
+
+CLIPS = ["image_size=16", "frames=2", "stride=2", "workers=0", "training.epochs=3", "training.batch_size=6"]
+
+
+@pytest.mark.parametrize("space_time", ["divided", "joint", "space"])
+def test_videos_from_scratch(videos, tmp_path, space_time, capsys):
+    """Colours are learned; what cannot be read is counted and left out."""
+    options = [*CLIPS, *SMALL, f"model.space_time={space_time}", "base_lr=0.3", "spatial_views=3"]
+    video("--data", videos, "--mode", "scratch", "--output", tmp_path, *options)
+    found = summary(tmp_path)
+    assert found["test_samples"] == 9 and len(found["unreadable"]) == 2 and found["top1"] > 0.6
+    assert "1 of 10 videos could not be read" in capsys.readouterr().out
+
+
+def test_video_probe_of_a_policy(videos, policy_run, tmp_path):
+    """Features of single frames, once; the encoder stays what it was."""
+    video("--data", videos, "--encoder", policy_run, "--output", tmp_path, "frames=2", "stride=1", "workers=0",
+          "training.epochs=2")  # fmt: skip
+    policy, probed = load_encoder(policy_run).state_dict(), load_encoder(tmp_path).state_dict()
+    assert all(torch.equal(policy[key], probed[key]) for key in policy)
+    assert summary(tmp_path)["test_samples"] == 9
+
+
+def test_embedded_clips(tmp_path, capsys):
+    """Which way the block turns, on short demonstrations; options of videos are refused."""
+    source = tmp_path / "demos.zarr"
+    make_turning(source)
+    options = [f"embedded.pusht_turn.source={source}", "embedded.pusht_turn.every=1", f"cache_dir={tmp_path}/cache"]
+    options += ["frames=2", "stride=4", "training.epochs=2", *SMALL]
+    video("--encoder", "random", "--output", tmp_path / "run", *options)
+    assert set(summary(tmp_path / "run")["per_class"]) == {"counter-clockwise", "clockwise", "still"}
+    with pytest.raises(SystemExit):
+        video("flip=0.1", *options)
+    assert "flip=0.1: got a change" in capsys.readouterr().err
+
+
+def make_turning(path):
+    """Thirty episodes of ten frames whose block turns either way, or not at all."""
+    import zarr
+
+    states = np.full((30, 10, 5), 250.0, dtype=np.float32)
+    states[..., 0] = 50
+    speed = np.tile([-0.1, 0.0, 0.1], 10)
+    states[..., 4] = 3 + speed[:, None] * np.arange(10)
+    root = zarr.open_group(str(path), mode="w", zarr_format=2)
+    root.create_array("data/state", data=states.reshape(300, 5))
+    root.create_array("data/action", data=np.zeros((300, 2), np.float32) + 1)
+    root.create_array("meta/episode_ends", data=np.arange(10, 301, 10))
+
+
+# Configurations --------------------------------------------------------------------------------------------------
+
+PRESETS = [
+    (kind, path.stem) for kind in ("image", "video") for path in sorted((CONFIG / kind / "preset").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize(("kind", "preset"), PRESETS)
+def test_every_preset_builds_in_every_mode(kind, preset):
+    """On the meta device, so that large ones cost nothing; the options are those that the model takes."""
+    modes = [path.stem for path in (CONFIG / kind).glob("*.yaml") if path.stem != "base"]
+    for mode in modes:
+        config = compose_at(f"{kind}/{mode}", [f"{kind}/preset@_global_={preset}"])
+        assert config["mode"] == mode and config["preset"] == preset
+        labels = type("Labels", (), {"classes": ["a", "b", "c"], "num_classes": 3})
+        with torch.device("meta"):
+            model = build_model(classify.complete(config, labels))
+        assert sum(p.numel() for p in model.parameters()) > 1e5
