@@ -15,7 +15,18 @@ def lookup(kind, name, table):
 
 def check_options(kind, name, options, constructor, *, without=()):
     """Raise ValueError for ``options`` that ``constructor`` does not take, or that only we pass (``without``)."""
-    allowed = set(inspect.signature(constructor).parameters) - set(without)
+    allowed = options_of(constructor) - set(without)
     unknown = sorted(set(options) - allowed)
     if unknown:
         raise ValueError(f"{kind} {name!r} options: got {', '.join(unknown)}, allowed: {', '.join(sorted(allowed))}")
+
+
+def options_of(constructor):
+    """Names of the options that ``constructor`` takes, those that a class hands on to its bases as **options included."""
+    names = set()
+    for kind in getattr(constructor, "__mro__", (constructor,)):
+        own = inspect.signature(kind if kind is constructor else kind.__init__).parameters.values()
+        names |= {p.name for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return names

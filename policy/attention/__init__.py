@@ -1,7 +1,5 @@
 """Attention mechanisms behind one interface; a new one is one file here, one line below and one config."""
 
-import inspect
-
 from policy.attention.fibottention import (
     FibottentionAttention,
     fibottention,
@@ -10,7 +8,7 @@ from policy.attention.fibottention import (
     wythoff_offsets,
 )
 from policy.attention.softmax import SoftmaxAttention
-from policy.registry import check_options, lookup
+from policy.registry import check_options, lookup, options_of
 
 __all__ = [
     "build_attention",
@@ -48,7 +46,7 @@ def build_attention(name, *, dim, num_heads, num_patches, grid, layer, depth, pr
     }
     mechanism = lookup("attention", name, ATTENTIONS)
     check_options("attention", name, options, mechanism, without=geometry)
-    parameters = inspect.signature(mechanism).parameters
+    parameters = options_of(mechanism)
     # A mechanism names the parts of the geometry that it needs.
     wanted = {key: value for key, value in geometry.items() if key in parameters}
     return mechanism(**wanted, **options)

@@ -1,29 +1,42 @@
 """Dense softmax attention, the baseline (arXiv 1706.03762, section 3.2), through torch's fused kernels."""
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+
+from policy.attention.base import MultiHeadAttention
 
 
-class SoftmaxAttention(nn.Module):
-    """Multi-head self-attention of a ViT block; parameters are named as timm's ``Attention``.
+class SoftmaxAttention(MultiHeadAttention):
+    """Every token attends to all. x (B, P+N, C) -> (B, P+N, C)."""
 
-    x (B, P+N, C) -> (B, P+N, C).
-    """
+    causal = any_tokens = maps = True
 
-    def __init__(self, *, dim, num_heads, qkv_bias=True, attn_drop=0.0):
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads: got {num_heads}, allowed: a divisor of dim {dim}")
-        self.num_heads = num_heads
-        self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+    def forward(self, x, attn_mask=None, is_causal=False, kept=None, key_padding_mask=None):
+        """As of the base class; attn_mask (T, T) or (B, H, T, T) may be given, in place of is_causal and padding."""
+        if attn_mask is None:
+            return super().forward(x, is_causal=is_causal, kept=kept, key_padding_mask=key_padding_mask)
+        q, k, v = self.split(x)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=self.dropout_p)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
-    def forward(self, x, attn_mask=None, is_causal=False, kept=None):
-        """x (B, P+N, C) -> (B, P+N, C); which patch tokens are ``kept`` does not matter here: all that are attend."""
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, P+N, D)
-        dropout = self.attn_drop if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+    def attend(self, q, k, v, *, key_padding_mask=None, is_causal=False):
+        """q, k, v (B, H, T, D) -> (B, H, T, D)."""
+        if key_padding_mask is None:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_p, is_causal=is_causal)
+        mask = self._mask(q, key_padding_mask, is_causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout_p)
+
+    def attention_map(self, x, is_causal=False, key_padding_mask=None):
+        """Weights (B, H, T, T) that each query gives to each key."""
+        q, k, _ = self.split(x)
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        return scores.masked_fill(~self._mask(q, key_padding_mask, is_causal), -torch.inf).softmax(dim=-1)
+
+    @staticmethod
+    def _mask(q, key_padding_mask, is_causal):
+        """Pairs (B or 1, 1, T, T) that may attend."""
+        tokens = q.shape[2]
+        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=q.device)
+        if is_causal:
+            mask = mask.tril()
+        return mask if key_padding_mask is None else mask & ~key_padding_mask[:, None, None]

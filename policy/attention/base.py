@@ -1,0 +1,67 @@
+"""What all attention mechanisms of a ViT block share: projections, heads, checks; a mechanism is its ``attend``."""
+
+import contextlib
+
+import torch
+from torch import nn
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head self-attention; parameters are named as timm's ``Attention``. x (B, P+N, C) -> (B, P+N, C).
+
+    A mechanism defines ``attend(q, k, v, *, key_padding_mask, is_causal)`` on (B, H, T, D), and says with class
+    attributes what it can do: ``causal`` (is_causal may be asked for), ``any_tokens`` (tokens may be missing, because
+    their places do not matter), ``padding`` (key_padding_mask may be given) and ``maps`` (``attention_map`` exists).
+    fp32: attention itself in float32 under autocast.
+    """
+
+    causal = False
+    any_tokens = False
+    padding = True
+    maps = False
+
+    def __init__(self, *, dim, num_heads, qkv_bias=True, attn_drop=0.0, fp32=False):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}, allowed: a divisor of dim {dim}")
+        self.num_heads, self.attn_drop, self.fp32 = num_heads, attn_drop, fp32
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, attn_mask=None, is_causal=False, kept=None, key_padding_mask=None):
+        """x (B, T, C) -> (B, T, C); timm's blocks pass the two switches. Raises ValueError for what is not defined.
+
+        kept (B, n): the patch tokens that x holds, where others were dropped. key_padding_mask (B, T) bool: True for
+        keys that are no tokens, as of torch's ``MultiheadAttention``.
+        """
+        name = type(self).__name__
+        if attn_mask is not None:
+            raise ValueError(f"attn_mask: got one, allowed with {name}: none (its pattern is fixed)")
+        if is_causal and not self.causal:
+            raise ValueError(f"is_causal: got True, allowed with {name}: False (no causal form)")
+        if kept is not None and not self.any_tokens:
+            raise ValueError(f"kept: got some of the tokens, allowed with {name}: all (it needs their places)")
+        if key_padding_mask is not None and not self.padding:
+            raise ValueError(f"key_padding_mask: got one, allowed with {name}: none")
+        q, k, v = self.split(x)
+        dtype = q.dtype
+        with torch.autocast(x.device.type, enabled=False) if self.fp32 else contextlib.nullcontext():
+            if self.fp32:
+                q, k, v = q.float(), k.float(), v.float()
+            out = self.attend(q, k, v, key_padding_mask=key_padding_mask, is_causal=is_causal)
+        return self.proj(out.transpose(1, 2).flatten(2).to(dtype))
+
+    def split(self, x):
+        """x (B, T, C) -> q, k, v, each (B, H, T, D)."""
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    @property
+    def dropout_p(self):
+        """Dropout of attention weights, in training."""
+        return self.attn_drop if self.training else 0.0
+
+    def attention_map(self, x):
+        """Weights (B, H, T, T) that each query gives to each key; ValueError for a mechanism without such."""
+        raise ValueError(f"attention map: got {type(self).__name__}, which has none; allowed: mechanisms with weights")
