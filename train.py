@@ -33,7 +33,7 @@ from eval.tracker import open_tracker
 from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
 from policy.checkpoint import load_checkpoint, load_encoder_weights, load_model
 from policy.dataset.replay_buffer import open_zarr
-from policy.trainer import Trainer
+from policy.trainer import Trainer, uses_cpu
 
 ROOT = Path(__file__).resolve().parent
 WAIT = timedelta(hours=4)  # of the other processes, while the first one renders or rolls out alone
@@ -186,7 +186,7 @@ def job(config):
     """Train what hydra composed, in the folder that it made."""
     if "RANK" not in os.environ:  # accelerate keeps precision and device for a whole process, which a sweep changes
         AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=config.device == "cpu", timeout=WAIT)
+    PartialState(cpu=uses_cpu(config.device), timeout=WAIT)
     run_dir = Path(broadcast_object_list([HydraConfig.get().runtime.output_dir])[0])
     resume = config.resume is not None
     if resume:

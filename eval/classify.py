@@ -19,7 +19,7 @@ from eval.intervals import rate_interval
 from eval.tracker import open_tracker
 from policy.build import build_model
 from policy.checkpoint import LAST, load_checkpoint, load_encoder, load_encoder_weights, load_weights
-from policy.trainer import Trainer, to_tensors
+from policy.trainer import Trainer, to_tensors, uses_cpu
 
 WAIT = timedelta(hours=4)  # of the other processes, while the first one tests alone
 RANDOM = "random"  # in place of a run: the architecture of the others with random weights
@@ -55,7 +55,9 @@ def parse(parser, arguments):
 def main(args, *, kind, configure, run, probed):
     """What both commands do with their arguments; probed: encoders of a probe without ``--encoder``."""
     if args.resume:
-        run(stored(args.resume), args.resume, resume=True)
+        config = stored(args.resume)
+        _join(config)
+        run(config, args.resume, resume=True)
         return
     names = args.encoder or (list(probed) if args.mode == "probe" else [])
     _check_encoders(args, names)
@@ -66,6 +68,7 @@ def main(args, *, kind, configure, run, probed):
     for number, name in enumerate(names or ["none"]):
         source = sources.get(name)
         config = configure(args, source=source or (like if name == RANDOM else None), init=name if source else "none")
+        _join(config)
         output = output or _broadcast(args.output or default_output(kind, config))
         folder = output / f"{number}_{Path(name).stem}" if len(names) > 1 else output
         summaries[name] = run(config, folder, source=source)
@@ -82,6 +85,11 @@ def _check_encoders(args, names):
         raise ValueError(f"--encoder: got {len(names)}, allowed with --mode {args.mode}: {counts}")
     if len(set(names)) < len(names):
         raise ValueError(f"--encoder: got {', '.join(names)}, allowed: each once")
+
+
+def _join(config):
+    """Meet the other processes, where accelerate or torchrun started several; the first call decides how."""
+    PartialState(cpu=uses_cpu(config["device"]), timeout=WAIT)
 
 
 def _broadcast(path):
@@ -141,7 +149,6 @@ def fit(config, train_data, test_data, *, run_dir, source=None, resume=False):
 
     source: an encoder whose weights to start from. A frozen encoder's features are computed once, before.
     """
-    PartialState(cpu=config["device"] == "cpu", timeout=WAIT)
     torch.manual_seed(config["seed"])
     model = build_model(config)
     if resume:  # a frozen encoder's features are those of its run

@@ -7,6 +7,7 @@ therefore needs only weights, optimizer moments and the step to go on bit for bi
 import contextlib
 import functools
 import math
+import os
 import re
 import signal
 import time
@@ -358,6 +359,15 @@ def _check_options(options):
     check_optimizer(options)
 
 
+def uses_cpu(device):
+    """Whether accelerate must be told to use the CPU: as ``device`` says, or for several processes without CUDA.
+
+    Left to itself it would not join these: each would train alone, in the same folder.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return device == "cpu" or (several and not torch.cuda.is_available())
+
+
 def _accelerator(precision, device):
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision: got {precision!r}, allowed: fp32, bf16")
@@ -365,4 +375,4 @@ def _accelerator(precision, device):
         raise ValueError(f"device: got {device!r}, allowed: auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but torch sees no CUDA device; allowed here: auto, cpu")
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=uses_cpu(device))

@@ -25,7 +25,7 @@ from policy.checkpoint import load_checkpoint
 from policy.curves import plot_curves, read_metrics
 from policy.dataset import FrameDataset, epoch_order
 from policy.optim import cosine_schedule
-from policy.trainer import Trainer
+from policy.trainer import Trainer, uses_cpu
 
 TESTS = Path(__file__).parent
 CASES = {  # what a run uses: arguments of ``start``
@@ -814,3 +814,14 @@ def test_a_run_draws_its_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "plot_curves", drawn.append)
     start(tmp_path).fit(stop_at=6)
     assert drawn == [tmp_path, tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "cuda", "expected"),
+    [("cpu", 1, True, True), ("auto", 1, False, False), ("auto", 2, False, True), ("auto", 2, True, False)],
+)
+def test_several_processes_without_cuda_are_told_to_meet_on_the_cpu(monkeypatch, device, processes, cuda, expected):
+    """accelerate would otherwise let each of them train alone, in the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert uses_cpu(device) == expected
