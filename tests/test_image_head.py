@@ -14,7 +14,7 @@ from policy.build import build_model
 from policy.checkpoint import load_weights
 from policy.encoder.adapt import adapt_weights
 from policy.encoder.vit import ViTEncoder
-from policy.head.image import _kept
+from policy.head.backbone import kept_tokens
 from policy.head.mixing import draw_mixing, mix_images, soft_targets
 
 SIZE = 12
@@ -238,7 +238,7 @@ def test_mask_ratio_drops_tokens():
     model.train()(data, randomness)["loss"].backward()
     assert seen == [1 + 5]
     patches = data["image"].grad.abs().sum(1).unflatten(1, (3, 4)).unflatten(3, (3, 4)).sum((2, 4)).flatten(1)  # (B, 9)
-    kept = _kept(randomness["order"], 0.4)
+    kept = kept_tokens(randomness["order"], 0.4)
     touched = [set(row.nonzero().flatten().tolist()) for row in patches]
     assert touched == [set(row.tolist()) for row in kept]
     assert len({tuple(row.tolist()) for row in kept}) > 1

@@ -4,12 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from policy.encoder.observation import ObservationEncoder
+from policy.head.backbone import OnEncoder, kept_tokens
 from policy.head.mixing import draw_mixing, mix_images, soft_targets
-from policy.normalizer import Normalizer
 
 FEATURES = ("output", "mean", "cls")
-CAMERA = "image"
 
 
 def build_head(width, hidden, num_classes):
@@ -22,7 +20,7 @@ def build_head(width, hidden, num_classes):
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), last) if hidden else last
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(OnEncoder):
     """images -> scores of ``num_classes``; ``encoder`` is an ``ObservationEncoder`` of one camera, as in a policy.
 
     features: "output" (what the encoder hands to a policy), "mean" of the patch tokens or the "cls" token;
@@ -48,7 +46,6 @@ class ImageClassifier(nn.Module):
         label_smoothing=0.0,
         mask_ratio=0.0,
     ):
-        super().__init__()
         if features not in FEATURES:
             raise ValueError(f"model.features: got {features!r}, allowed: {', '.join(FEATURES)}")
         if num_classes < 2:
@@ -58,9 +55,7 @@ class ImageClassifier(nn.Module):
             raise ValueError(
                 f"mixup, cutmix, label_smoothing, mask_ratio: got {got}, allowed: >= 0, >= 0, 0 to below 1 twice"
             )
-        self.encoder = ObservationEncoder(
-            shape_meta=shape_meta["obs"], crop=crop, encoder=encoder, attention=attention, normalizer=Normalizer({})
-        )
+        super().__init__(shape_meta=shape_meta, crop=crop, encoder=encoder, attention=attention)
         self.features, self.num_classes = features, num_classes
         self.mixup, self.cutmix, self.label_smoothing, self.mask_ratio = mixup, cutmix, label_smoothing, mask_ratio
         vision = self.vision
@@ -69,29 +64,10 @@ class ImageClassifier(nn.Module):
         if features == "cls" and vision.vit.cls_token is None:
             raise ValueError("model.features: got 'cls', allowed: output, mean (no class token)")
         width = vision.out_dim if features == "output" else vision.vit.embed_dim
-        if features != "output":  # a parameter that gets no gradient stops a run on several GPUs, and resuming
-            for part in ("readout", "keypoints"):
-                getattr(vision, part, nn.Identity()).requires_grad_(False)
+        if features != "output":
+            self.freeze_reading()
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if normalize_features else nn.Identity()
         self.head = build_head(width, hidden, num_classes)
-
-    @property
-    def vision(self):
-        """The encoder of the one camera."""
-        return self.encoder.encoders[CAMERA]
-
-    @property
-    def num_layers(self):
-        """Layers for layer-wise learning rates, the head being the last one's successor."""
-        return self.vision.num_layers
-
-    def layer_of(self, name):
-        """Layer of the parameter called ``name``: 0 for the input, ``num_layers`` for the head."""
-        prefix = f"encoder.encoders.{CAMERA}."
-        return self.vision.layer_of(name.removeprefix(prefix)) if name.startswith(prefix) else self.num_layers
-
-    def fit_normalizer(self, dataset):
-        """Nothing to fit: images come in [-1, 1]."""
 
     def compile_training(self):
         """Compile what a training step spends its time in (torch.compile)."""
@@ -111,7 +87,12 @@ class ImageClassifier(nn.Module):
         """images (B, 3, h, w) in [-1, 1] -> features (B, width)."""
         if self.features == "output":
             return self.vision(images) if kept is None else self.vision(images, kept)
-        tokens = self.vision.tokens(images, kept)
+        return self.read(self.vision.tokens(images, kept))
+
+    def read(self, tokens):
+        """tokens after the final norm (B, P+N, C) -> features (B, width)."""
+        if self.features == "output":
+            return self.vision.read(tokens)
         return tokens[:, 0] if self.features == "cls" else tokens[:, self.vision.prefix_tokens :].mean(dim=1)
 
     def encode_batch(self, batch):
@@ -134,16 +115,10 @@ class ImageClassifier(nn.Module):
         images, share = batch["image"], None
         if "share" in randomness:
             images, share = mix_images(images, randomness)
-        kept = _kept(randomness["order"], self.mask_ratio) if "order" in randomness else None
+        kept = kept_tokens(randomness["order"], self.mask_ratio) if "order" in randomness else None
         logits = self.head(self.norm(self.encode(images, kept).float()))
         loss = F.cross_entropy(
             logits, soft_targets(labels, self.num_classes, smoothing=self.label_smoothing, share=share)
         )
         main = labels if share is None else torch.where(share >= 0.5, labels, labels.flip(0))
         return {"loss": loss, "top1": (logits.argmax(dim=1) == main).float().mean()}
-
-
-def _kept(order, ratio):
-    """Ascending indices (B, n) of the patch tokens that stay, those of the smallest ``order`` (B, N)."""
-    count = max(round(order.shape[1] * (1 - ratio)), 1)
-    return order.argsort(dim=1)[:, :count].sort(dim=1).values

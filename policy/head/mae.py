@@ -8,10 +8,8 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import nn
 
-from policy.encoder.observation import ObservationEncoder
 from policy.encoder.vit import ConvStem
-from policy.head.image import CAMERA, _kept
-from policy.normalizer import Normalizer
+from policy.head.backbone import OnEncoder, kept_tokens
 
 
 def patchify(images, size):
@@ -55,7 +53,7 @@ class PatchDecoder(nn.Module):
         return self.to_pixels(x[:, prefix.shape[1] :])
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(OnEncoder):
     """Hides ``mask_ratio`` of the patches from the encoder, which a small decoder then paints; for pre-training.
 
     ``encoder`` is an ``ObservationEncoder`` of one camera, as in a policy. normalize_pixels: the target is every patch
@@ -76,10 +74,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_heads=16,
         normalize_pixels=True,
     ):
-        super().__init__()
-        self.encoder = ObservationEncoder(
-            shape_meta=shape_meta["obs"], crop=crop, encoder=encoder, attention=attention, normalizer=Normalizer({})
-        )
+        super().__init__(shape_meta=shape_meta, crop=crop, encoder=encoder, attention=attention)
         vision = self.vision
         if not hasattr(vision, "tokens"):
             raise ValueError(f"encoder.name: got {encoder['name']!r}, allowed for a masked autoencoder: vit")
@@ -95,8 +90,7 @@ class MaskedAutoencoder(nn.Module):
             )
         self.mask_ratio, self.normalize_pixels = mask_ratio, normalize_pixels
         self.patch_size = vision.vit.patch_embed.patch_size
-        for part in ("readout", "keypoints"):  # a parameter that gets no gradient stops a run on several GPUs
-            getattr(vision, part, nn.Identity()).requires_grad_(False)
+        self.freeze_reading()
         self.decoder = PatchDecoder(
             width=vision.vit.embed_dim,
             grid=vision.grid,
@@ -105,24 +99,6 @@ class MaskedAutoencoder(nn.Module):
             depth=decoder_depth,
             heads=decoder_heads,
         )
-
-    @property
-    def vision(self):
-        """The encoder of the one camera."""
-        return self.encoder.encoders[CAMERA]
-
-    @property
-    def num_layers(self):
-        """Layers for layer-wise learning rates, the decoder being the last one's successor."""
-        return self.vision.num_layers
-
-    def layer_of(self, name):
-        """Layer of the parameter called ``name``: 0 for the input, ``num_layers`` for the decoder."""
-        prefix = f"encoder.encoders.{CAMERA}."
-        return self.vision.layer_of(name.removeprefix(prefix)) if name.startswith(prefix) else self.num_layers
-
-    def fit_normalizer(self, dataset):
-        """Nothing to fit: images come in [-1, 1]."""
 
     def compile_training(self):
         """Compile what a training step spends its time in (torch.compile)."""
@@ -142,7 +118,7 @@ class MaskedAutoencoder(nn.Module):
 
     def _predict(self, images, order):
         """Predicted pixels (B, N, 3 * p * q), which patches were hidden (B, N) and the true pixels."""
-        kept = _kept(order, self.mask_ratio)
+        kept = kept_tokens(order, self.mask_ratio)
         predicted = self.decoder(self.vision.tokens(images, kept), kept).float()
         hidden = torch.ones_like(order, dtype=torch.bool).scatter(1, kept, False)
         return predicted, hidden, patchify(images.float(), self.patch_size)

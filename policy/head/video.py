@@ -5,7 +5,8 @@ import math
 import torch.nn.functional as F
 from torch import nn
 
-from policy.head.image import CAMERA, ImageClassifier, build_head
+from policy.head.backbone import CAMERA
+from policy.head.image import ImageClassifier, build_head
 from policy.head.space_time import DividedSpaceTime, JointSpaceTime
 
 SPACE_TIMES = ("divided", "joint", "space")
@@ -105,12 +106,6 @@ class VideoClassifier(ImageClassifier):
         if self.space_time is None:
             return self.encode(video.flatten(0, 1)).unflatten(0, video.shape[:2])
         return self.read(self.space_time(self.vision, video).flatten(0, 1)).unflatten(0, video.shape[:2])
-
-    def read(self, tokens):
-        """tokens after the final norm (U, P+N, C) -> features (U, width)."""
-        if self.features == "output":
-            return self.vision.read(tokens)
-        return tokens[:, 0] if self.features == "cls" else tokens[:, self.vision.prefix_tokens :].mean(dim=1)
 
     def logits(self, batch):
         """{"video" or "features"} as in ``encode_batch`` -> scores (B, K).
