@@ -22,7 +22,7 @@ def check_options(kind, name, options, constructor, *, without=()):
 
 
 def options_of(constructor):
-    """Names of the options that ``constructor`` takes, those that a class hands on to its bases as **options included."""
+    """Names of the options that ``constructor`` takes, also those that a class hands on to its bases as **options."""
     names = set()
     for kind in getattr(constructor, "__mro__", (constructor,)):
         own = inspect.signature(kind if kind is constructor else kind.__init__).parameters.values()

@@ -75,7 +75,10 @@ def test_a_wrong_command_line_gives_one_line(workplace, case):
 # The same program inside this process, where a case costs a tenth: (overrides, what the line must say).
 OPTIONS = {
     "unknown preset": (["preset=papr"], unknown("preset", "papr", "paper", "auto, cpu, paper, small, smoke")),
-    "unknown encoder": (["encoder=vit_bas"], unknown("encoder", "vit_bas", "vit_base", "resnet18, vit_base, vit_image, vit_key")),
+    "unknown encoder": (
+        ["encoder=vit_bas"],
+        unknown("encoder", "vit_bas", "vit_base", "resnet18, vit_base, vit_image, vit_key"),
+    ),
     "unknown attention": (
         ["attention=fibo"],
         unknown("attention", "fibo", "fibottention", ".*fibottention, fibottention_exclude, .*softmax"),

@@ -1,5 +1,8 @@
 """Attention mechanisms behind one interface; a new one is one file here, one line below and one config."""
 
+from policy.attention.bigbird import BigBirdAttention
+from policy.attention.causal_eva import CausalEVAAttention
+from policy.attention.eva import EVAAttention
 from policy.attention.fibottention import (
     FibottentionAttention,
     fibottention,
@@ -7,6 +10,14 @@ from policy.attention.fibottention import (
     shuffle_heads,
     wythoff_offsets,
 )
+from policy.attention.hybrid import HybridAttention
+from policy.attention.lara import LinearRandomizedAttention
+from policy.attention.linformer import LinformerAttention
+from policy.attention.local import LocalAttention
+from policy.attention.nystromformer import NystromformerAttention
+from policy.attention.performer import PerformerAttention
+from policy.attention.randomized import RandomizedAttention
+from policy.attention.scatterbrain import ScatterbrainAttention
 from policy.attention.softmax import SoftmaxAttention
 from policy.registry import check_options, lookup, options_of
 
@@ -19,7 +30,21 @@ __all__ = [
     "wythoff_offsets",
 ]
 
-ATTENTIONS = {"fibottention": FibottentionAttention, "softmax": SoftmaxAttention}
+ATTENTIONS = {
+    "bigbird": BigBirdAttention,
+    "causal_eva": CausalEVAAttention,
+    "eva": EVAAttention,
+    "fibottention": FibottentionAttention,
+    "hybrid": HybridAttention,
+    "lara": LinearRandomizedAttention,
+    "linformer": LinformerAttention,
+    "local": LocalAttention,
+    "nystromformer": NystromformerAttention,
+    "performer": PerformerAttention,
+    "ra": RandomizedAttention,
+    "scatterbrain": ScatterbrainAttention,
+    "softmax": SoftmaxAttention,
+}
 
 
 def list_attentions():

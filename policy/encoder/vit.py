@@ -132,7 +132,8 @@ class ViTEncoder(nn.Module):
                 prefix_tokens=self.prefix_tokens,
                 **attention,
             )
-            block.attn.load_state_dict(original.state_dict())
+            # Of what a mechanism has beyond timm's parameters it keeps its own.
+            block.attn.load_state_dict(block.attn.state_dict() | original.state_dict())
 
     @property
     def num_layers(self):

@@ -1,0 +1,192 @@
+"""ScatterBrain against its weights written pair by pair in float64."""
+
+import pytest
+import torch
+
+from policy.attention.performer import PerformerAttention
+from policy.attention.scatterbrain import ScatterbrainAttention
+
+HEADS, WIDTH, GRID = 2, 4, (5, 7)
+
+
+def build(prefix=1, grid=GRID, **options):
+    torch.manual_seed(0)
+    geometry = {"num_patches": grid[0] * grid[1], "grid": grid, "prefix_tokens": prefix, "layer": 1}
+    options = {"num_features": 6, **options}
+    return ScatterbrainAttention(dim=HEADS * WIDTH, num_heads=HEADS, **{**geometry, **options}).double().eval()
+
+
+def qkv(tokens=36, batch=2, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    return (scale * torch.randn(3, batch, HEADS, tokens, WIDTH, generator=generator, dtype=torch.float64)).unbind(0)
+
+
+def near(query, key, window, overlap):
+    """Whether a place along one axis is among the keys of the window of another."""
+    first = query // window * window
+    reach = max(1, window // 2) if overlap else 0
+    return first - reach <= key < first + window + reach
+
+
+def reference_weights(attention, q, k, *, prefix, window, attn_2d, overlap, grid=GRID, real=None):
+    """Weights (B, H, T, T) pair by pair; real (B, T) says which keys there are."""
+    tokens, estimate = q.shape[2], kernel_estimate(attention, q, k)
+    exact = (q @ k.mT / WIDTH**0.5).exp()
+    weights = exact.clone()
+    for i in range(prefix, tokens):
+        for j in range(prefix, tokens):
+            (row, column), (key_row, key_column) = divmod(i - prefix, grid[1]), divmod(j - prefix, grid[1])
+            if attn_2d:
+                close = near(row, key_row, window, overlap) and near(column, key_column, window, overlap)
+            else:
+                close = near(i - prefix, j - prefix, window, overlap)
+            if not close:
+                weights[:, :, i, j] = estimate[:, :, i, j]
+    if real is not None:
+        weights = weights * real[:, None, None]
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def kernel_estimate(attention, q, k):
+    """exp(q k / sqrt(D)) as FAVOR+ estimates it."""
+    projection = attention.features.projection
+    q, k = (
+        (torch.einsum("bhtd,hmd->bhtm", x, projection) - x.square().sum(-1, keepdim=True) / 2).exp()
+        for x in (q / WIDTH**0.25, k / WIDTH**0.25)
+    )
+    return q @ k.mT / projection.shape[1]
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("attn_2d", "window"), [(False, 4), (False, 5), (True, 2), (True, 3)])
+def test_weights_equal_those_pair_by_pair(attn_2d, window, overlap, prefix):
+    attention = build(prefix, window_size=window, attn_2d=attn_2d, overlap=overlap)
+    q, k, v = qkv(prefix + 35)
+    options = {"prefix": prefix, "window": window, "attn_2d": attn_2d, "overlap": overlap}
+    expected = reference_weights(attention, q, k, **options) @ v
+    torch.testing.assert_close(attention.attend(q, k, v), expected, rtol=0, atol=1e-12)
+    real = torch.rand(2, prefix + 35, generator=torch.Generator().manual_seed(1)) > 0.4
+    expected = reference_weights(attention, q, k, real=real, **options) @ v
+    for x in (k, v):
+        x[~real[:, None].expand(-1, HEADS, -1)] = 1e3
+    torch.testing.assert_close(attention.attend(q, k, v, key_padding_mask=~real), expected, rtol=0, atol=1e-11)
+
+
+def test_prefix_alone():
+    """All patches are padding: they say nothing, neither exactly nor by features."""
+    q, k, v = qkv(37)
+    mask = torch.arange(37).expand(2, -1) >= 2
+    out = build(2, window_size=4).attend(q, k, v, key_padding_mask=mask)
+    expected = (q @ k[:, :, :2].mT / WIDTH**0.5).softmax(dim=-1) @ v[:, :, :2]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("attn_2d", [False, True])
+def test_one_window_over_all_is_softmax_attention(attn_2d):
+    attention = build(window_size=35, attn_2d=attn_2d)
+    q, k, v = qkv()
+    expected = (q @ k.mT / WIDTH**0.5).softmax(dim=-1) @ v
+    torch.testing.assert_close(attention.attend(q, k, v), expected, rtol=0, atol=1e-12)
+
+
+def test_error_is_below_that_of_random_features_alone():
+    q, k, v = qkv(35)
+    exact = (q @ k.mT / WIDTH**0.5).softmax(dim=-1) @ v
+    errors = [(build(0, window_size=w).attend(q, k, v) - exact).square().mean().item() for w in (18, 30)]
+    alone = PerformerAttention(
+        dim=HEADS * WIDTH, num_heads=HEADS, num_patches=35, prefix_tokens=0, layer=1, num_features=6
+    )
+    errors.insert(0, (alone.double().eval().attend(q, k, v) - exact).square().mean().item())
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_relative_position_bias_is_added_to_exact_scores():
+    attention = build(window_size=35, relative_position_bias=True)
+    q, k, v = qkv()
+    assert (attention.attend(q, k, v) - build(window_size=35).attend(q, k, v)).abs().max() > 1e-4
+    scores = q @ k.mT / WIDTH**0.5
+    torch.nn.init.normal_(attention.bias.table, generator=torch.Generator().manual_seed(3))
+    scores[:, :, 1:] += attention.bias(1)[:, 0]
+    torch.testing.assert_close(attention.attend(q, k, v), scores.softmax(dim=-1) @ v, rtol=0, atol=1e-12)
+
+
+def test_fewer_patches_of_a_sequence():
+    attention = build(window_size=4)
+    q, k, v = qkv(23)
+    expected = reference_weights(attention, q, k, prefix=1, window=4, attn_2d=False, overlap=False) @ v
+    torch.testing.assert_close(attention.attend(q, k, v), expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="tokens: got 23"):
+        build(window_size=4, attn_2d=True).attend(q, k, v)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_float32_and_large_inputs(scale):
+    attention = build(window_size=4)
+    q, k, v = qkv(scale=scale)
+    out = attention.float().attend(q.float(), k.float(), v.float())
+    assert torch.isfinite(out).all()
+    if scale == 1:
+        torch.testing.assert_close(out.double(), attention.double().attend(q, k, v), rtol=0, atol=1e-4)
+
+
+def test_gradients_and_a_sample_without_tokens():
+    attention = build(grid=(2, 4), window_size=3, relative_position_bias=True, sample_scheme="learnable")
+    inputs = tuple(x.requires_grad_() for x in qkv(9, batch=1))
+    assert torch.autograd.gradcheck(attention.attend, inputs, fast_mode=True)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    out = attention.attend(*inputs, key_padding_mask=mask)
+    grads = torch.autograd.grad(out.square().sum(), inputs)
+    assert (out[:, :, 1:] == 0).all() and all(torch.isfinite(g).all() for g in grads)
+    attention.attend(*inputs).square().sum().backward()
+    assert attention.features.projection.grad.abs().max() > 0 and attention.bias.table.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"window_size": 5}, {"attn_2d": True}, {"overlap": True}, {"num_features": 7}, {"seed": 1}, {"layer": 2}],
+)
+def test_every_option_changes_the_output(option):
+    assert (build(**option).attend(*qkv()) - build().attend(*qkv())).abs().max() > 1e-4
+
+
+def test_sample_schemes():
+    q, k, v = qkv()
+    for scheme in ("resample", "fixed", "learnable"):
+        attention = build(sample_scheme=scheme)
+        evaluated = attention.attend(q, k, v)
+        assert torch.equal(attention.train().attend(q, k, v), evaluated) == (scheme != "resample")
+
+
+def test_map_samples_and_half_precision():
+    attention = build(overlap=True)
+    x = torch.randn(2, 36, HEADS * WIDTH, dtype=torch.float64)
+    weights, (q, k, v) = attention.attention_map(x), attention.split(x)
+    out = attention.attend(q, k, v)
+    torch.testing.assert_close(weights @ v, out, rtol=0, atol=1e-12)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
+    other = [torch.stack([y[0], 9 * y[1]]) for y in (q, k, v)]
+    torch.testing.assert_close(attention.attend(*other)[0], out[0], rtol=0, atol=1e-13)
+    expected = attention(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = attention.float()(x.float())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), expected, rtol=0, atol=0.03 * expected.abs().max().item())
+
+
+def test_wrong_options():
+    with pytest.raises(ValueError, match="window_size: got 0, allowed: 1 and more"):
+        build(window_size=0)
+    with pytest.raises(ValueError, match="attn_drop: got 0.1, allowed with ScatterbrainAttention: 0"):
+        build(attn_drop=0.1)
+    with pytest.raises(ValueError, match="sample_scheme: got 'default'"):
+        build(sample_scheme="default")
+
+
+def test_no_tensor_has_a_number_for_every_pair():
+    attention = build(grid=(28, 28), window_size=7, attn_2d=True, overlap=True)
+    inputs = [x.requires_grad_() for x in qkv(785, batch=1)]
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        out = attention.attend(*inputs)
+    assert out.shape == inputs[0].shape and 0 < max(sizes) < 784**2 / 2

@@ -1,0 +1,598 @@
+"""Local, BigBird and hybrid attention against brute force in float64, and the windows that they are cut into."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from policy.attention.bigbird import BigBirdAttention, draw_outside
+from policy.attention.hybrid import HybridAttention, linear_attention
+from policy.attention.local import LocalAttention
+from policy.attention.softmax import SoftmaxAttention
+from policy.attention.windows import RelativePositionBias, Windows, attend_in_windows, make_windows, masked_softmax
+
+HEADS, WIDTH = 3, 4
+CLASSES = {"local": LocalAttention, "bigbird": BigBirdAttention, "hybrid": HybridAttention}
+NEEDS = {"local": ("grid",), "bigbird": ("layer",), "hybrid": ("grid",)}
+
+
+def build(name, grid, prefix=1, layer=0, **options):
+    torch.manual_seed(0)
+    geometry = {key: value for key, value in {"grid": grid, "layer": layer}.items() if key in NEEDS[name]}
+    common = {"dim": HEADS * WIDTH, "num_heads": HEADS, "num_patches": math.prod(grid), "prefix_tokens": prefix}
+    return CLASSES[name](**common, **geometry, **options).double().eval()
+
+
+def qkv(tokens, *, batch=2, heads=HEADS, width=WIDTH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, batch, heads, tokens, width, generator=generator, dtype=torch.float64).unbind(0)
+
+
+# Independent references ------------------------------------------------------------------------------------------
+
+
+def dense(q, k, v, mask, bias=0.0):
+    """Softmax over the allowed pairs, mask (B or 1, H or 1, T, T); rows without any give 0."""
+    weights = torch.exp(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + bias) * mask
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-300) @ v
+
+
+def with_prefix(pairs, prefix):
+    """pairs (H, N, N) -> (H, P+N, P+N) with full rows and columns of the prefix."""
+    mask = torch.ones(len(pairs), prefix + pairs.shape[1], prefix + pairs.shape[1], dtype=torch.bool)
+    mask[:, prefix:, prefix:] = pairs
+    return mask
+
+
+def window_pairs(grid, window, reach=0, attn_2d=False, dilation=1):
+    """Pairs (N, N) of patches of which the second lies in the window of the first, patch by patch."""
+    rows, columns = grid if attn_2d else (1, grid[0] * grid[1])
+
+    def near(query, key):
+        if query % dilation != key % dilation:
+            return False
+        first = query // dilation // window * window
+        return first - reach <= key // dilation < first + window + reach
+
+    n = rows * columns
+    pairs = torch.zeros(n, n, dtype=torch.bool)
+    for i in range(n):
+        for j in range(n):
+            same_row = rows == 1 or near(i // columns, j // columns)
+            pairs[i, j] = same_row and near(i % columns, j % columns)
+    return pairs
+
+
+GEOMETRIES = [  # grid, window, attn_2d: dividing, not dividing, larger than the grid, one token, a sequence
+    ((4, 4), 2, True),
+    ((4, 4), 4, False),
+    ((5, 7), 3, True),
+    ((5, 7), 4, False),
+    ((3, 5), 9, True),
+    ((3, 3), 1, True),
+    ((1, 13), 4, True),
+    ((6, 2), 5, True),
+]
+
+# Windows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("grid", "window", "attn_2d"), GEOMETRIES)
+def test_windows_hold_the_keys_of_their_queries(grid, window, attn_2d, overlap, dilation):
+    """Read off with tokens that are their own number, 1.. so that 0 is no token."""
+    windows = make_windows(grid, window, overlap=overlap, attn_2d=attn_2d, dilation=dilation)
+    n = math.prod(grid)
+    number = torch.arange(1, n + 1)[None, None, :, None]
+    queries, keys, real = windows.queries(number)[0, 0], windows.keys(number)[0, 0], windows.real()
+    assert torch.equal(windows.merge(windows.queries(number)), number)
+    assert (real is None) == windows.complete
+    found = torch.zeros(n + 1, n + 1, dtype=torch.bool)
+    for w in range(len(queries)):
+        if real is not None:
+            assert torch.equal(real[0, 0, w, 0], keys[w, :, 0] > 0)
+        kept = keys[w][keys[w] > 0]
+        assert len(kept.unique()) == len(kept)
+        found[queries[w], kept] = True
+    reach = max(1, window // 2) if overlap else 0
+    assert torch.equal(found[1:, 1:], window_pairs(grid, window, reach, attn_2d, dilation))
+
+
+def test_windows_repeat_the_prefix_and_know_the_padding():
+    windows = make_windows((1, 5), 2, overlap=True)
+    x = torch.arange(7.0)[None, None, :, None]
+    assert windows.keys(x, prefix=2)[0, 0, :, :, 0].tolist() == [
+        [0, 1, 0, 2, 3, 4],
+        [0, 1, 3, 4, 5, 6],
+        [0, 1, 5, 6, 0, 0],
+    ]
+    padding = torch.tensor([[False, True, True, False, False, False, False], [False] * 7])
+    real = windows.real(padding, prefix=2)
+    assert real.shape == (2, 1, 3, 1, 6)
+    assert real[0, 0, :, 0].int().tolist() == [[1, 0, 0, 0, 1, 1], [1, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0]]
+    assert torch.equal(real[1], windows.real(prefix=2)[0])
+
+
+def test_whole_windows_copy_no_key_twice():
+    """A window as large as the grid, or larger, has no padding and no neighbours."""
+    assert make_windows((5, 7), 9, overlap=True, attn_2d=True) == Windows((5, 7), (5, 7))
+    assert make_windows((5, 7), 9, overlap=True, attn_2d=True, dilation=2) == Windows((5, 7), (3, 4), (0, 0), (2, 2))
+    assert make_windows((5, 7), 6, overlap=True, attn_2d=True) == Windows((5, 7), (5, 6), (0, 3))
+    assert make_windows((5, 7), 2, attn_2d=True, dilation=2).counts == (2, 2)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("grid", "window", "attn_2d"), [((6, 6), 2, True), ((5, 7), 3, True), ((1, 9), 4, False)])
+def test_relative_position_bias_is_one_number_an_offset(grid, window, attn_2d, overlap):
+    """Same offset, same number; another offset or head, another number; prefix keys have none."""
+    windows = make_windows(grid, window, overlap=overlap, attn_2d=attn_2d)
+    torch.manual_seed(0)
+    bias = RelativePositionBias(2, windows)
+    scores = bias(prefix=2).detach()
+    assert (scores[..., :2] == 0).all() and torch.equal(scores[..., 2:], bias().detach())
+    columns = grid[1]
+    number = torch.arange(math.prod(grid))[None, None, :, None]
+    queries, keys, real = windows.queries(number)[0, 0, :, :, 0], windows.keys(number)[0, 0, :, :, 0], windows.real()
+    seen = {}
+    for w in range(len(queries)):
+        for a, i in enumerate(queries[w].tolist()):
+            for b, j in enumerate(keys[w].tolist()):
+                inside = real is None or real[0, 0, w, 0, b]
+                if inside and (windows.queries(torch.ones_like(number))[0, 0, w, a, 0] == 1):
+                    offset = (i // columns - j // columns, i % columns - j % columns)
+                    seen.setdefault(offset, set()).add(scores[0, 0, a, 2 + b].item())
+    assert all(len(values) == 1 for values in seen.values())
+    assert len(set().union(*seen.values())) == len(seen)
+    spans = [2 * (size + reach) - 1 for size, reach in zip(windows.window, windows.extension, strict=True)]
+    assert bias.table.shape == (2, math.prod(spans)) and bias.table.std().item() == pytest.approx(0.02, rel=0.35)
+
+
+def test_masked_softmax():
+    scores = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    weights = masked_softmax(scores, torch.tensor([[True, False, True], [False] * 3]))
+    expected = torch.tensor([1.0, math.exp(2)]) / (1 + math.exp(2))
+    torch.testing.assert_close(weights, torch.stack([torch.tensor([expected[0], 0, expected[1]]), torch.zeros(3)]))
+    weights.square().sum().backward()
+    assert torch.isfinite(scores.grad).all() and (scores.grad[1] == 0).all()
+    half = torch.tensor([[10.0, 10.03, 9.7]]).bfloat16()
+    assert torch.equal(masked_softmax(half), half.float().softmax(-1).bfloat16())
+
+
+# Local -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("grid", "window", "attn_2d"), GEOMETRIES)
+def test_local_equals_brute_force(grid, window, attn_2d, overlap, prefix, padded):
+    attention = build("local", grid, prefix, window_size=window, attn_2d=attn_2d, overlap=overlap)
+    q, k, v = qkv(prefix + math.prod(grid))
+    reach = max(1, window // 2) if overlap else 0
+    mask = with_prefix(window_pairs(grid, window, reach, attn_2d)[None], prefix)
+    padding = padding_of(q) if padded else None
+    expected = dense(q, k, v, mask if padding is None else mask & ~padding[:, None, None])
+    torch.testing.assert_close(attention.attend(q, k, v, key_padding_mask=padding), expected, rtol=0, atol=1e-12)
+
+
+def padding_of(q):
+    """Sample 0: the last tokens and one in between; sample 1: none."""
+    padding = torch.zeros(2, q.shape[2], dtype=torch.bool)
+    padding[0, -3:] = padding[0, q.shape[2] // 2] = True
+    return padding
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("grid", "attn_2d"), [((5, 4), True), ((1, 11), False)])
+def test_local_bias_equals_brute_force(grid, attn_2d, padded):
+    attention = build("local", grid, 1, window_size=3, attn_2d=attn_2d, overlap=True, relative_position_bias=True)
+    torch.nn.init.normal_(attention.bias.table)
+    q, k, v = qkv(1 + math.prod(grid))
+    rows, columns = (5, 4) if attn_2d else (1, 11)
+    bias = torch.zeros(HEADS, *[1 + rows * columns] * 2, dtype=torch.float64)
+    reach = 3  # of a key in a window of 3 that is one longer on each side
+    for i in range(rows * columns):
+        for j in range(rows * columns):
+            down, right = i // columns - j // columns, i % columns - j % columns
+            if max(abs(down), abs(right)) <= reach:
+                place = (down + reach) * (2 * reach + 1) + right + reach if attn_2d else right + reach
+                bias[:, 1 + i, 1 + j] = attention.bias.table.detach()[:, place]
+    mask = with_prefix(window_pairs(grid, 3, 1, attn_2d)[None], 1)
+    padding = padding_of(q) if padded else None
+    expected = dense(q, k, v, mask if padding is None else mask & ~padding[:, None, None], bias)
+    torch.testing.assert_close(attention.attend(q, k, v, key_padding_mask=padding), expected, rtol=0, atol=1e-12)
+
+
+# BigBird ---------------------------------------------------------------------------------------------------------
+
+
+def bigbird_pairs(attention, n, radius):
+    """Pairs (H, n, n) of the local patches, key by key."""
+    pairs = torch.zeros(HEADS, n, n, dtype=torch.bool)
+    for head in range(HEADS):
+        for i in range(n):
+            for j in range(n):
+                pairs[head, i, j] = abs(i - j) <= radius or j in attention.random_keys[head, i].tolist()
+    return pairs
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("n", "prefix", "options"),
+    [
+        (30, 1, {}),
+        (30, 0, {"window_radius": 0, "random_keys": 3}),
+        (31, 2, {"window_radius": 5, "random_keys": 0}),
+        (33, 1, {"window_radius": 1, "random_keys": 2, "global_tokens": 3}),
+        (9, 0, {"window_radius": 3, "random_keys": 5, "global_tokens": 1}),
+        (3, 1, {"global_tokens": 3}),
+    ],
+)
+def test_bigbird_equals_brute_force(n, prefix, options, padded):
+    attention = build("bigbird", (1, n), prefix, **options)
+    q, k, v = qkv(prefix + n)
+    everywhere = prefix + options.get("global_tokens", 0)
+    pairs = bigbird_pairs(attention, prefix + n - everywhere, options.get("window_radius", 4))
+    mask = with_prefix(pairs, everywhere)
+    padding = padding_of(q) if padded else None
+    expected = dense(q, k, v, mask if padding is None else mask & ~padding[:, None, None])
+    torch.testing.assert_close(attention.attend(q, k, v, key_padding_mask=padding), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "radius", "count"), [(40, 4, 3), (12, 2, 8), (5, 0, 4), (5, 9, 2), (1, 0, 1)])
+def test_random_keys_are_distinct_and_outside_the_window(n, radius, count):
+    table = draw_outside(2, n, radius, count, torch.Generator().manual_seed(0))
+    assert table.shape == (2, n, count)
+    for head in table:
+        for i, row in enumerate(head.tolist()):
+            outside = {j for j in range(n) if abs(i - j) > radius}
+            drawn = [j for j in row if j >= 0]
+            assert set(drawn) <= outside and len(set(drawn)) == len(drawn) == min(count, len(outside))
+
+
+def test_random_keys_are_uniform():
+    """Token 3 of 8, radius 1: all 10 pairs of the 5 others equally often in 20,000 draws."""
+    table = draw_outside(20000, 8, 1, 2, torch.Generator().manual_seed(0))[:, 3].sort(dim=-1).values
+    counts = (table[:, 0] * 8 + table[:, 1]).bincount()
+    counts = counts[counts > 0]
+    assert len(counts) == 10
+    assert (counts - 2000).square().sum() / 2000 < 27.9  # chi-square of 9 degrees of freedom, one in a thousand
+
+
+def test_bigbird_pattern_depends_on_seed_layer_and_head():
+    first = build("bigbird", (8, 8), random_keys=2).random_keys
+    assert torch.equal(build("bigbird", (8, 8), random_keys=2).random_keys, first)
+    assert not torch.equal(build("bigbird", (8, 8), random_keys=2, seed=1).random_keys, first)
+    assert not torch.equal(build("bigbird", (8, 8), layer=1, random_keys=2).random_keys, first)
+    assert not torch.equal(first[0], first[1])
+    assert "random_keys" in build("bigbird", (8, 8)).state_dict()
+    state = torch.get_rng_state()
+    draw_outside(2, 9, 1, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was touched"
+
+
+# Hybrid ----------------------------------------------------------------------------------------------------------
+
+
+def elu_plus_one(x):
+    return x + 1 if x > 0 else math.exp(x)
+
+
+def linear_reference(q, k, v, real):
+    """Kernel weights of one head, number by number; q, k, v (T, D), real (T,)."""
+    out = torch.zeros_like(v)
+    for i in range(len(q)):
+        pairs = [zip(q[i].tolist(), key.tolist(), strict=True) for key in k]
+        weights = [sum(elu_plus_one(a) * elu_plus_one(b) for a, b in pair) for pair in pairs]
+        weights = torch.tensor(weights, dtype=torch.float64) * real
+        out[i] = weights / weights.sum() @ v
+    return out
+
+
+def sparse_mask(grid, prefix, window, dilations, attn_2d):
+    groups = torch.arange(HEADS).tensor_split(len(dilations))
+    pairs = [
+        window_pairs(grid, window, 0, attn_2d, d) for d, heads in zip(dilations, groups, strict=True) for _ in heads
+    ]
+    return with_prefix(torch.stack(pairs), prefix)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "prefix", "window", "dilations", "attn_2d"),
+    [
+        ((6, 6), 1, 3, (1, 2), True),
+        ((5, 7), 0, 2, (1, 2, 3), True),
+        ((1, 19), 2, 3, (2, 1), True),
+        ((4, 5), 1, 4, (3,), False),
+    ],
+)
+def test_hybrid_branches_equal_brute_force(grid, prefix, window, dilations, attn_2d, padded):
+    options = {"window_size": window, "dilations": dilations, "attn_2d": attn_2d}
+    q, k, v = qkv(prefix + math.prod(grid))
+    padding = padding_of(q) if padded else torch.zeros(2, q.shape[2], dtype=torch.bool)
+    mask = sparse_mask(grid, prefix, window, dilations, attn_2d) & ~padding[:, None, None]
+    sparse = dense(q, k, v, mask)
+    linear = torch.stack(
+        [
+            torch.stack([linear_reference(q[b, h], k[b, h], v[b, h], ~padding[b]) for h in range(HEADS)])
+            for b in range(2)
+        ]
+    )
+    given = padding if padded else None
+    for gate, expected in ((1e4, sparse), (-1e4, linear), (0.0, (sparse + linear) / 2)):
+        out = build("hybrid", grid, prefix, gate_init=gate, **options).attend(q, k, v, key_padding_mask=given)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    attention = build("hybrid", grid, prefix, **options)
+    attention.gate.data = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
+    gate = 1 / (1 + torch.exp(-attention.gate.detach()))[:, None, None]
+    out = attention.attend(q, k, v, key_padding_mask=given)
+    torch.testing.assert_close(out, gate * sparse + (1 - gate) * linear, rtol=0, atol=1e-12)
+
+
+def test_linear_features_survive_extreme_scores():
+    """elu(x) + 1 as written would be 0 below about -17 in float32, and e^x infinite above 88."""
+    q = torch.tensor([-30.0, 100.0]).expand(1, 1, 3, 2).clone().requires_grad_()
+    k = torch.tensor([[-30.0, -25.0], [-30.0, -20.0], [-20.0, -30.0]])[None, None].requires_grad_()
+    v = torch.eye(3)[None, None]
+    weights = linear_attention(q, k, v)[0, 0]
+    exact = linear_attention(q.double(), k.double(), v.double())[0, 0]
+    torch.testing.assert_close(weights.double(), exact, rtol=1e-5, atol=0)
+    weights.square().sum().backward()
+    assert torch.isfinite(q.grad).all() and torch.isfinite(k.grad).all()
+    at_zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)  # slope 1 from both sides
+    ones = torch.ones(1, 1, 2, 1, dtype=torch.float64)
+    keys = torch.tensor([0.0, 1.0], dtype=torch.float64)[None, None, :, None].requires_grad_()
+    linear_attention(at_zero, keys, torch.tensor([[[[0.0], [1.0]]]], dtype=torch.float64) * ones).sum().backward()
+    torch.testing.assert_close(keys.grad.flatten(), torch.tensor([-2 / 9, 1 / 9], dtype=torch.float64))
+
+
+# All of them -----------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "local": {"window_size": 3, "overlap": True, "attn_2d": True, "relative_position_bias": True},
+    "bigbird": {"window_radius": 1, "random_keys": 2, "global_tokens": 1},
+    "hybrid": {"window_size": 2, "dilations": (1, 2)},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("local", {"window_size": 15}),
+        ("local", {"window_size": 5, "attn_2d": True}),
+        ("local", {"window_size": 100, "overlap": True}),
+        ("bigbird", {"window_radius": 14, "random_keys": 0}),
+        ("bigbird", {"window_radius": 100, "random_keys": 2, "global_tokens": 2}),
+        ("bigbird", {"window_radius": 0, "random_keys": 14}),
+        ("bigbird", {"global_tokens": 15}),
+        ("hybrid", {"window_size": 5, "dilations": (1,), "gate_init": 1e4}),
+    ],
+)
+def test_all_pairs_are_softmax_attention(name, options):
+    attention = build(name, (3, 5), **options)
+    softmax = SoftmaxAttention(dim=HEADS * WIDTH, num_heads=HEADS).double()
+    softmax.load_state_dict({key: attention.state_dict()[key] for key in softmax.state_dict()})
+    x = torch.randn(2, 16, HEADS * WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(attention(x), softmax(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(attention.attention_map(x), softmax.attention_map(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", CLASSES)
+def test_gradients(name, padded):
+    attention = build(name, (3, 2), **SMALL[name])
+    own = [p for key, p in attention.named_parameters() if not key.startswith(("qkv", "proj"))]
+    inputs = [x.requires_grad_() for x in qkv(7, batch=1, width=2)]
+    padding = torch.tensor([[False] * 6 + [True]]) if padded else None
+
+    def attend(q, k, v, *_):
+        return attention.attend(q, k, v, key_padding_mask=padding)
+
+    assert torch.autograd.gradcheck(attend, (*inputs, *own), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "changes"),
+    [
+        ("local", {}, {"window_size": 5}),
+        ("local", {}, {"attn_2d": True}),
+        ("local", {}, {"overlap": True}),
+        ("local", {}, {"relative_position_bias": True}),
+        ("local", {"attn_2d": True}, {"overlap": True}),
+        ("bigbird", {}, {"window_radius": 3}),
+        ("bigbird", {}, {"random_keys": 2}),
+        ("bigbird", {}, {"global_tokens": 1}),
+        ("bigbird", {}, {"layer": 1}),
+        ("bigbird", {}, {"seed": 1}),
+        ("hybrid", {}, {"window_size": 3}),
+        ("hybrid", {}, {"attn_2d": False}),
+        ("hybrid", {}, {"dilations": (1, 2)}),
+        ("hybrid", {}, {"gate_init": 1.0}),
+    ],
+)
+def test_every_option_changes_the_output(name, default, changes):
+    x = torch.randn(1, 31, HEADS * WIDTH, dtype=torch.float64)
+    one, other = build(name, (5, 6), **default), build(name, (5, 6), **default, **changes)
+    other.load_state_dict({k: v for k, v in one.state_dict().items() if k.startswith(("qkv", "proj"))}, strict=False)
+    assert (one(x) - other(x)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_padded_tokens_reach_no_other(name):
+    attention = build(name, (5, 5), **SMALL[name])
+    x = torch.randn(2, 26, HEADS * WIDTH, dtype=torch.float64)
+    padding = torch.zeros(2, 26, dtype=torch.bool)
+    padding[0, [1, 7, 24]] = True
+    out, changed = attention(x, key_padding_mask=padding), x.clone()
+    changed[padding] = torch.randn(3, HEADS * WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(attention(changed, key_padding_mask=padding)[~padding], out[~padding])
+    torch.testing.assert_close(attention(x)[1], out[1], rtol=0, atol=1e-12)
+    assert (attention(changed) - attention(x))[~padding].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CLASSES)
+def test_nothing_but_padding_gives_zero(name, dtype):
+    attention = build(name, (5, 5), **SMALL[name]).to(dtype)
+    q, k, v = (x.to(dtype).requires_grad_() for x in qkv(26))
+    padding = torch.tensor([[True] * 26, [False] * 26])
+    out = attention.attend(q, k, v, key_padding_mask=padding)
+    assert (out[0] == 0).all() and torch.isfinite(out).all()
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(torch.isfinite(g).all() and (g[0] == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("local", {}), ("hybrid", {"attn_2d": False}), ("hybrid", {}), ("bigbird", {})]
+)
+def test_shorter_sequences(name, options):
+    """The first n tokens of a sequence, down to prefix tokens only; the same as with the rest as padding."""
+    attention = build(name, (1, 23), 2, **options)
+    q, k, v = qkv(25)
+    for tokens in (25, 19, 6, 3, 2):
+        short = attention.attend(*(x[:, :, :tokens] for x in (q, k, v)))
+        padding = (torch.arange(25) >= tokens).expand(2, -1)
+        whole = attention.attend(q, k, v, key_padding_mask=padding)[:, :, :tokens]
+        torch.testing.assert_close(short, whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("name", CLASSES)
+def test_maps_are_the_weights(name, prefix):
+    attention = build(name, (5, 5), prefix, attn_drop=0.0, **SMALL[name])
+    x = torch.randn(2, prefix + 25, HEADS * WIDTH, dtype=torch.float64)
+    weights = attention.attention_map(x)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
+    q, k, v = attention.split(x)
+    torch.testing.assert_close(weights @ v, attention.attend(q, k, v), rtol=0, atol=1e-12)
+    assert attention.maps and (name == "hybrid" or (weights == 0).any())
+    padding = torch.zeros(2, prefix + 25, dtype=torch.bool)
+    padding[:, 3] = True
+    assert (attention.attention_map(x, key_padding_mask=padding)[..., 3] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["local", "bigbird"])
+def test_dropout_acts_on_the_weights_in_training(name):
+    attention = build(name, (6, 6), 1, attn_drop=0.25, **SMALL[name])
+    x = torch.randn(4, 37, HEADS * WIDTH, dtype=torch.float64)
+    plain = attention.attention_map(x)
+    q, k, v = attention.split(x)
+    one_hot = torch.eye(37, dtype=torch.float64).expand(4, HEADS, -1, -1)
+    torch.testing.assert_close(attention.attend(q, k, one_hot), plain)
+    attention.train()
+    torch.testing.assert_close(attention.attention_map(x), plain)
+    torch.manual_seed(0)
+    dropped = attention.attend(q, k, one_hot)
+    gone = dropped == 0
+    torch.testing.assert_close(dropped[~gone], plain[~gone] / 0.75)
+    assert 0.22 < gone[plain > 0].double().mean() < 0.28  # of some thousand weights
+    for part in (slice(0, 1), slice(1, None)):  # the prefix token's own row, too
+        assert gone[:, :, part][plain[:, :, part] > 0].any()
+    assert not torch.equal(attention.attend(q, k, one_hot), dropped)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_samples_are_independent_and_results_repeat(name):
+    attention = build(name, (5, 5), **SMALL[name])
+    x = torch.randn(3, 26, HEADS * WIDTH, dtype=torch.float64)
+    assert torch.equal(attention(x), attention(x))
+    torch.testing.assert_close(attention(x[1:2])[0], attention(x)[1], rtol=0, atol=1e-13)
+    assert torch.equal(attention.train()(x), attention.eval()(x))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_bfloat16_autocast_is_close(name):
+    attention = build(name, (5, 5), **SMALL[name]).float()
+    x = torch.randn(2, 26, HEADS * WIDTH)
+    exact = attention(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = attention(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, rtol=0.05, atol=0.03)
+    attention.fp32 = True
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(attention(x).float(), exact, rtol=0.05, atol=0.03)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_compiles_in_one_piece(name):
+    attention = build(name, (5, 5), **SMALL[name])
+    x = torch.randn(2, 26, HEADS * WIDTH, dtype=torch.float64)
+    padding = (torch.arange(26) > 22).expand(2, -1)
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, key_padding_mask=padding), attention(x, key_padding_mask=padding))
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel(), x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", CLASSES)
+def test_memory_is_linear(name, padded):
+    """Forward and backward at N = 784: one head of width 4 makes nothing of a tenth of N x N numbers."""
+    torch.manual_seed(0)
+    geometry = {"grid": (28, 28), "layer": 0}
+    own = {key: geometry[key] for key in NEEDS[name]}
+    options = {**SMALL[name], **({"dilations": (2,)} if name == "hybrid" else {})}
+    attention = CLASSES[name](dim=4, num_heads=1, num_patches=784, prefix_tokens=1, **own, **options)
+    padding = (torch.arange(785) > 700)[None] if padded else None
+    with LargestTensor() as largest:
+        attention(torch.randn(1, 785, 4, requires_grad=True), key_padding_mask=padding).sum().backward()
+    assert 785 * 4 < largest.numel < 784**2 // 10
+    with LargestTensor() as largest:
+        attention.attention_map(torch.randn(1, 785, 4))
+    assert largest.numel >= 785**2, "the largest tensor is not seen"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("local", {"window_size": 0}, "window_size: got 0, allowed: 1 and more"),
+        ("bigbird", {"window_radius": -1}, "window_radius: got -1, allowed: 0 and more"),
+        ("bigbird", {"random_keys": -2}, "random_keys: got -2, allowed: 0 and more"),
+        ("bigbird", {"global_tokens": 17}, "global_tokens: got 17, allowed: 0 to 16 patches"),
+        ("bigbird", {"global_tokens": -1}, "global_tokens: got -1, allowed: 0 to 16 patches"),
+        ("hybrid", {"window_size": 0}, "window_size: got 0, allowed: 1 and more"),
+        ("hybrid", {"dilations": (1, 0)}, "dilation: got 0, allowed: 1 and more"),
+        ("hybrid", {"dilations": ()}, "dilations: got 0 of them, allowed: 1 to the 3 heads"),
+        ("hybrid", {"dilations": (1, 2, 3, 4)}, "dilations: got 4 of them, allowed: 1 to the 3 heads"),
+        ("hybrid", {"attn_drop": 0.1}, "attn_drop: got 0.1, allowed with HybridAttention: 0"),
+    ],
+)
+def test_wrong_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, (4, 4), **options)
+
+
+def test_wrong_numbers_of_tokens():
+    x = torch.randn(1, 18, HEADS * WIDTH, dtype=torch.float64)
+    for name in CLASSES:
+        with pytest.raises(ValueError, match="tokens: got 18, allowed: 17"):
+            build(name, (4, 4))(x)
+        with pytest.raises(ValueError, match="is_causal: got True"):
+            build(name, (4, 4))(x, is_causal=True)
+    for name, options in (("local", {"attn_2d": True}), ("hybrid", {})):
+        with pytest.raises(ValueError, match="tokens: got 16, allowed: 17$"):
+            build(name, (4, 4), **options)(x[:, :16])
+    with pytest.raises(ValueError, match="tokens: got 11 patches, allowed: all 4 x 4 of the grid"):
+        make_windows((4, 4), 2, attn_2d=True).resized(11)
+
+
+def test_attend_in_windows_without_prefix_is_attention_of_each_window():
+    windows = make_windows((4, 4), 2, attn_2d=True)
+    q, k, v = qkv(16)
+    top_left = [0, 1, 4, 5]
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x[:, :, top_left] for x in (q, k, v)))
+    torch.testing.assert_close(attend_in_windows(windows, q, k, v)[:, :, top_left], expected)
