@@ -77,9 +77,22 @@ def test_prefix_alone():
     """All patches are padding: they say nothing, neither exactly nor by features."""
     q, k, v = qkv(37)
     mask = torch.arange(37).expand(2, -1) >= 2
-    out = build(2, window_size=4).attend(q, k, v, key_padding_mask=mask)
-    expected = (q @ k[:, :, :2].mT / WIDTH**0.5).softmax(dim=-1) @ v[:, :, :2]
+    k[:, :, 2:] = v[:, :, 2:] = torch.nan
+    out = build(2, window_size=4).attend(q, k, v, key_padding_mask=mask)[:, :, 2:]
+    expected = (q[:, :, 2:] @ k[:, :, :2].mT / WIDTH**0.5).softmax(dim=-1) @ v[:, :, :2]
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+def test_padding_sets_no_maximum():
+    """Scores and log features near -2000: one of a padded key, zero, would drown them."""
+    attention = build(window_size=4)
+    q, k, v = qkv(36, scale=0.1)
+    q[..., 0], k[..., 0] = q[..., 0] + 60, k[..., 0] - 60
+    mask = torch.arange(36).expand(2, -1) >= 20
+    expected = attention.attend(q[:, :, :20], k[:, :, :20], v[:, :, :20])
+    assert expected.abs().amax(dim=-1).min() > 1e-4
+    out = attention.attend(q, k, v, key_padding_mask=mask)[:, :, :20]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("attn_2d", [False, True])
