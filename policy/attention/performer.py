@@ -75,9 +75,9 @@ def cos_weighted(features, tokens, period):
 def mask_keys(keys, key_padding_mask):
     """Features (log, base) of keys, so that those of padded tokens are zero and set no maximum."""
     log, base = keys
-    return (
-        log if key_padding_mask is None else log.masked_fill(key_padding_mask[:, None, :, None], _lowest(log))
-    ), base
+    if key_padding_mask is not None:
+        log = log.masked_fill(key_padding_mask[:, None, :, None], _lowest(log))
+    return log, base
 
 
 def _lowest(log):
