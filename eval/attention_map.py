@@ -19,7 +19,6 @@ from eval.command import command
 from policy import load_encoder
 from policy.attention import fibottention_mask, shuffle_heads, wythoff_offsets
 from policy.attention.fibottention import VARIANTS, FibottentionAttention
-from policy.attention.softmax import SoftmaxAttention
 from policy.encoder.observation import crop_images
 
 SHIPPED = Path(__file__).parent.parent / "pretrained" / "pusht_policy.safetensors"
@@ -30,32 +29,12 @@ MAX_PATCHES = 1600  # beyond, the lines of a pattern are thinner than a picture'
 # Weights -------------------------------------------------------------------------------------------------------------
 
 
-def pattern_of(module, num_patches, prefix_tokens):
-    """Pairs that an attention module looks at, bool (H, P+N, P+N); raises ValueError for an unknown kind of module."""
+def pattern_of(module, tokens):
+    """Pairs that an attention module looks at, bool (H, P+N, P+N); ``tokens`` = P+N."""
     if isinstance(module, FibottentionAttention):
-        return fibottention_mask(module.offsets, num_patches, prefix_tokens=prefix_tokens)
-    if isinstance(module, SoftmaxAttention):
-        size = prefix_tokens + num_patches
-        return torch.ones(module.num_heads, size, size, dtype=torch.bool)
-    raise ValueError(f"attention: got {type(module).__name__}, allowed: fibottention, softmax")
-
-
-def attention_weights(module, x):
-    """What ``module`` weighs its values with: its input x (B, P+N, C) -> float32 (B, H, P+N, P+N), rows of sum 1.
-
-    Rows that may attend to nothing (possible without a class token) are 0.
-    """
-    batch, tokens, dim = x.shape
-    qkv = module.qkv(x).float().reshape(batch, tokens, 3, module.num_heads, dim // module.num_heads)
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, P+N, D)
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    if not isinstance(module, FibottentionAttention):
-        return scores.softmax(dim=-1)
-    allowed = fibottention_mask(module.offsets, module.num_patches, prefix_tokens=module.prefix_tokens).to(x.device)
-    if module.masked_score == "zero":
-        return torch.where(allowed, scores, 0.0).softmax(dim=-1)
-    weights = torch.where(allowed, scores, -torch.inf).softmax(dim=-1)
-    return torch.where(allowed.any(dim=-1, keepdim=True), weights, 0.0)
+        return module.mask  # by the published rule also pairs outside of the pattern weigh something
+    with torch.no_grad():
+        return module.attention_map(torch.zeros(1, tokens, module.qkv.in_features))[0] != 0
 
 
 @torch.no_grad()
@@ -71,7 +50,7 @@ def encoder_weights(encoder, image):
     finally:
         for hook in hooks:
             hook.remove()
-    return [attention_weights(block.attn, x)[0] for block, x in zip(encoder.vit.blocks, inputs, strict=True)]
+    return [block.attn.attention_map(x)[0].float() for block, x in zip(encoder.vit.blocks, inputs, strict=True)]
 
 
 # Command -------------------------------------------------------------------------------------------------------------
@@ -169,7 +148,7 @@ def main(argv=None):
     encoder, camera = load_vit(args.checkpoint or SHIPPED, args.camera)
     grid, prefix_tokens = encoder.grid, encoder.prefix_tokens
     query = parse_query(args.query, grid)
-    own = [pattern_of(block.attn, grid[0] * grid[1], prefix_tokens) for block in encoder.vit.blocks]
+    own = [pattern_of(block.attn, prefix_tokens + grid[0] * grid[1]) for block in encoder.vit.blocks]
     patterns = own if args.checkpoint else geometry_patterns(**{**GEOMETRY, **geometry})
     raw = observation(encoder.config, camera, image=args.image, seed=args.seed)
     if (crop := encoder.config["crop"]) is not None:

@@ -23,7 +23,7 @@ def linformer(patches=13, prefix=1, **options):
 
 def nystromformer(patches=13, prefix=1, **options):
     torch.manual_seed(0)
-    return NystromformerAttention(dim=HEADS * WIDTH, num_heads=HEADS, **{"landmarks": 5, **options}).double().eval()
+    return NystromformerAttention(dim=HEADS * WIDTH, num_heads=HEADS, **{"num_landmarks": 5, **options}).double().eval()
 
 
 def performer(patches=13, prefix=1, **options):
@@ -179,7 +179,7 @@ def test_no_tensor_has_a_number_for_every_pair(build, causal):
         (linformer, {"init": "mean"}),
         (linformer, {"seed": 1}),
         (linformer, {"layer": 2}),
-        (nystromformer, {"landmarks": 4}),
+        (nystromformer, {"num_landmarks": 4}),
         (nystromformer, {"iterations": 2}),
         (nystromformer, {"conv_kernel": 3}),
         (performer, {"num_features": 5}),
@@ -199,7 +199,7 @@ def test_every_option_changes_the_output(build, option):
         (linformer, {"rank": 0}, "rank: got 0, allowed: 1 or more"),
         (linformer, {"share": "all"}, "share: got 'all'.*, allowed: heads, kv, none"),
         (linformer, {"init": "zeros"}, "init: got 'zeros'.*, allowed: mean, normal"),
-        (nystromformer, {"landmarks": 0}, "landmarks: got 0, allowed: 1 or more"),
+        (nystromformer, {"num_landmarks": 0}, "num_landmarks: got 0, allowed: 1 or more"),
         (nystromformer, {"iterations": 0}, "iterations: got 0, allowed: 1 or more"),
         (nystromformer, {"conv_kernel": 4}, "conv_kernel: got 4, allowed: an odd number"),
         (nystromformer, {"attn_drop": 0.1}, "attn_drop: got 0.1, allowed with NystromformerAttention: 0"),
@@ -306,7 +306,7 @@ def test_nystromformer_of_few_tokens_is_softmax_attention(tokens):
 def test_nystromformer_error_falls_with_landmarks():
     q, k, v = qkv(60, batch=4)
     exact = softmax_weights(q, k) @ v
-    errors = [(nystromformer(landmarks=n).attend(q, k, v) - exact).square().mean() for n in (1, 15, 60)]
+    errors = [(nystromformer(num_landmarks=n).attend(q, k, v) - exact).square().mean() for n in (1, 15, 60)]
     assert errors[0] > 1.5 * errors[1] > 0 and errors[2] < 1e-25
 
 

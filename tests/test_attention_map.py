@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from eval import attention_map, attention_pictures
-from eval.attention_map import attention_weights, encoder_weights, main, observation, parse_query, pattern_of
+from eval.attention_map import encoder_weights, main, observation, parse_query, pattern_of
 from eval.attention_pictures import diagonals, head_colours, reach
 from policy.attention import build_attention, list_attentions, wythoff_offsets
 from policy.build import build_model
@@ -82,13 +82,13 @@ def test_weights_are_those_that_the_layer_uses(attention, prefix_tokens):
     module = layer(attention, prefix_tokens=prefix_tokens)
     x = 3 * torch.randn(2, 12 + prefix_tokens, 16)
     with torch.no_grad():
-        weights = attention_weights(module, x)
+        weights = module.attention_map(x)
         expected = module(x)
         torch.testing.assert_close(values_weighed(module, weights, x), expected, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(values_weighed(module, weights.flip(-1), x), expected, atol=1e-2)
     assert weights.dtype == torch.float32
-    attended = pattern_of(module, 12, prefix_tokens)
-    assert attended.shape == weights.shape[1:] and pattern_of(module, 12, prefix_tokens).dtype == torch.bool
+    attended = pattern_of(module, 12 + prefix_tokens)
+    assert attended.shape == weights.shape[1:] and attended.dtype == torch.bool
     sums = weights.sum(dim=-1)
     some = attended.any(dim=-1).expand_as(sums) | (attention.get("masked_score") == "zero")
     torch.testing.assert_close(sums, some.float())
@@ -103,11 +103,18 @@ def test_weights_are_those_that_the_layer_uses(attention, prefix_tokens):
         assert attended.all()
 
 
-def test_every_attention_can_be_drawn():
-    """A new mechanism must be taught to pattern_of and attention_weights."""
-    assert list_attentions() == ["fibottention", "softmax"]
-    with pytest.raises(ValueError, match="attention: got Identity, allowed: fibottention, softmax"):
-        pattern_of(torch.nn.Identity(), 12, 1)
+@pytest.mark.parametrize("name", list_attentions())
+def test_every_attention_can_be_drawn(name):
+    """What no query looks at has no weight, whatever comes, and the map is what the layer weighs its values with."""
+    module = layer({"name": name}, prefix_tokens=1).eval()
+    x = 3 * torch.randn(2, 13, 16)
+    with torch.no_grad():
+        attended = pattern_of(module, 13)
+        weights = module.attention_map(x)
+        torch.testing.assert_close(values_weighed(module, weights, x), module(x), rtol=1e-3, atol=1e-4)
+    assert attended.shape == weights.shape[1:] and attended.any(dim=-1).all()
+    if name != "fibottention":  # by the published rule unattended pairs weigh exp(0)
+        torch.testing.assert_close(weights[:, ~attended], torch.zeros_like(weights[:, ~attended]))
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS[1:], ids=str)
@@ -268,7 +275,7 @@ def test_a_checkpoint_shows_its_own_geometry_image_and_crop(tmp_path, monkeypatc
     encoder = load_encoder(path)
     assert prefix_tokens == 1 and len(patterns) == 2
     for pattern, block in zip(patterns, encoder.vit.blocks, strict=True):
-        assert torch.equal(pattern, pattern_of(block.attn, 25, 1))
+        assert torch.equal(pattern, pattern_of(block.attn, 26))
     (weights, picture), options = calls["plot_attention"]
     raw = observation(encoder.config, "image", image=tmp_path / "picture.png", seed=0)
     assert raw.shape == (3, 24, 24) and raw.dtype == torch.uint8

@@ -9,16 +9,14 @@ from torch import nn
 class MultiHeadAttention(nn.Module):
     """Multi-head self-attention; parameters are named as timm's ``Attention``. x (B, P+N, C) -> (B, P+N, C).
 
-    A mechanism defines ``attend(q, k, v, *, key_padding_mask, is_causal)`` on (B, H, T, D), and says with class
-    attributes what it can do: ``causal`` (is_causal may be asked for), ``any_tokens`` (tokens may be missing, because
-    their places do not matter), ``padding`` (key_padding_mask may be given) and ``maps`` (``attention_map`` exists).
-    fp32: attention itself in float32 under autocast.
+    A mechanism defines ``attend(q, k, v, *, key_padding_mask, is_causal)`` on (B, H, T, D) and, where its weights
+    exist, ``attention_map``. Attributes say what it can do: ``causal``: is_causal may be asked for; ``any_tokens``:
+    tokens may be missing, because their places do not matter (or ``attend_kept`` knows them). fp32: attention itself in
+    float32 under autocast. attn_drop: dropout of attention weights, in training.
     """
 
     causal = False
     any_tokens = False
-    padding = True
-    maps = False
 
     def __init__(self, *, dim, num_heads, qkv_bias=True, attn_drop=0.0, fp32=False):
         super().__init__()
@@ -39,17 +37,27 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"attn_mask: got one, allowed with {name}: none (its pattern is fixed)")
         if is_causal and not self.causal:
             raise ValueError(f"is_causal: got True, allowed with {name}: False (no causal form)")
-        if kept is not None and not self.any_tokens:
-            raise ValueError(f"kept: got some of the tokens, allowed with {name}: all (it needs their places)")
-        if key_padding_mask is not None and not self.padding:
-            raise ValueError(f"key_padding_mask: got one, allowed with {name}: none")
         q, k, v = self.split(x)
         dtype = q.dtype
-        with torch.autocast(x.device.type, enabled=False) if self.fp32 else contextlib.nullcontext():
+        with self.precision(x.device):
             if self.fp32:
                 q, k, v = q.float(), k.float(), v.float()
-            out = self.attend(q, k, v, key_padding_mask=key_padding_mask, is_causal=is_causal)
+            if kept is None:
+                out = self.attend(q, k, v, key_padding_mask=key_padding_mask, is_causal=is_causal)
+            else:
+                out = self.attend_kept(q, k, v, kept, key_padding_mask=key_padding_mask)
         return self.proj(out.transpose(1, 2).flatten(2).to(dtype))
+
+    def attend_kept(self, q, k, v, kept, *, key_padding_mask=None):
+        """q, k, v (B, H, P+n, D) of the patch tokens ``kept`` (B, n) -> (B, H, P+n, D)."""
+        if not self.any_tokens:
+            name = type(self).__name__
+            raise ValueError(f"kept: got some of the tokens, allowed with {name}: all (it needs their places)")
+        return self.attend(q, k, v, key_padding_mask=key_padding_mask)
+
+    def precision(self, device):
+        """The context of attention itself: without autocast where ``fp32`` asks for it."""
+        return torch.autocast(device.type, enabled=False) if self.fp32 else contextlib.nullcontext()
 
     def split(self, x):
         """x (B, T, C) -> q, k, v, each (B, H, T, D)."""
@@ -65,3 +73,8 @@ class MultiHeadAttention(nn.Module):
     def attention_map(self, x):
         """Weights (B, H, T, T) that each query gives to each key; ValueError for a mechanism without such."""
         raise ValueError(f"attention map: got {type(self).__name__}, which has none; allowed: mechanisms with weights")
+
+
+def unit_values(q):
+    """One unit vector a token, (B, H, T, T): attention that is linear in its values makes its weights of them."""
+    return torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(*q.shape[:3], -1)

@@ -1,6 +1,5 @@
 """Causal EVA for sequences: exact within the window, one token for each earlier chunk (arXiv 2302.04542)."""
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +100,7 @@ class CausalEVAAttention(FactoredAttention):
         when its chunk leaves the exact set.
         """
         q, k, v = self.split(x[:, None])
-        with torch.autocast(x.device.type, enabled=False) if self.fp32 else contextlib.nullcontext():
+        with self.precision(x.device):
             if self.fp32:
                 q, k, v = q.float(), k.float(), v.float()
             out, state = self._step(q, k, v, state)

@@ -2,7 +2,7 @@
 
 import torch
 
-from policy.attention.base import MultiHeadAttention
+from policy.attention.base import MultiHeadAttention, unit_values
 
 
 class FactoredAttention(MultiHeadAttention):
@@ -11,7 +11,6 @@ class FactoredAttention(MultiHeadAttention):
     ``drops`` says that a factor has weights for dropout; elsewhere ``attn_drop`` above 0 raises ValueError.
     """
 
-    maps = True
     drops = False
 
     def __init__(self, **common):
@@ -23,8 +22,7 @@ class FactoredAttention(MultiHeadAttention):
     def attention_map(self, x, is_causal=False, key_padding_mask=None):
         """Weights (B, H, T, T), negative ones among them: what ``attend`` makes of unit vectors in place of values."""
         q, k, _ = self.split(x)
-        units = torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(*q.shape[:3], -1)
-        return self.attend(q, k, units, key_padding_mask=key_padding_mask, is_causal=is_causal)
+        return self.attend(q, k, unit_values(q), key_padding_mask=key_padding_mask, is_causal=is_causal)
 
 
 def at_least_one(name, value):

@@ -13,8 +13,8 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from policy.attention.base import MultiHeadAttention
 from policy.attention.fibottention_sparse import backend_for, sparse_forward, why_not
 
 VARIANTS = ("paper", "robot")
@@ -183,33 +183,44 @@ def _backend(name, q, dropout_p):
     return sparse
 
 
-def _dense(q, k, v, mask, masked_score, scale, dropout_p):
-    """The reference over all pairs; q, k, v (B, H, T, D), mask (H, T, T) or (B, H, T, T)."""
-    scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, T, T)
+def _dense(q, k, v, mask, masked_score, scale, dropout_p, real=None):
+    """The reference over all pairs; q, k, v (B, H, T, D), mask (H, T, T) or (B, H, T, T), real as of ``_weights``."""
+    weights = F.dropout(_weights(q, k, mask, masked_score, scale, real), dropout_p, training=dropout_p > 0)
     if masked_score == "zero":
-        weights = torch.where(mask, scores, 0.0).softmax(dim=-1)
-        return F.dropout(weights, dropout_p, training=dropout_p > 0) @ v
-    # A row without any attended pair (possible without prefix tokens) attends to nothing rather than to NaN.
-    weights = torch.where(mask, scores, -torch.inf).softmax(dim=-1)
-    weights = torch.where(mask.any(dim=-1, keepdim=True), weights, 0.0)
-    out = F.dropout(weights, dropout_p, training=dropout_p > 0) @ torch.where(v.isfinite(), v, 0.0)
+        return weights @ v
+    out = weights @ torch.where(v.isfinite(), v, 0.0)
     # 0 * NaN would carry one bad token to all others.
     reached = mask.to(v.dtype) @ (~v.isfinite()).to(v.dtype) > 0
     return torch.where(reached, torch.nan, out)
 
 
-class FibottentionAttention(nn.Module):
+def _weights(q, k, mask, masked_score, scale, real=None):
+    """Weights (B, H, T, T) of the rule ``masked_score``; real: bool (B, 1, 1, T), keys that are no padding."""
+    scores = (q * scale) @ k.transpose(-2, -1)
+    scores = torch.where(mask, scores, 0.0 if masked_score == "zero" else -torch.inf)
+    if masked_score == "zero" and real is None:
+        return scores.softmax(dim=-1)
+    # A row without any attended pair (possible without prefix tokens) attends to nothing rather than to NaN.
+    attended = mask if masked_score == "exclude" else torch.ones_like(mask[..., :1, :])
+    if real is not None:
+        scores, attended = scores.masked_fill(~real, -torch.inf), attended & real
+    return torch.where(attended.any(dim=-1, keepdim=True), scores.softmax(dim=-1), 0.0)
+
+
+class FibottentionAttention(MultiHeadAttention):
     """Multi-head self-attention of a ViT block with Fibottention; parameters are named as timm's ``Attention``.
 
     x (B, P+N, C) -> (B, P+N, C). The pattern is always in force: nothing here looks at timm's fused-attention switch,
     which silently dropped the mask of the published encoders. Nothing of size N x N is kept.
+
+    The tokens that are left when others were dropped (``kept``) are joined as among all N. They, and batches with
+    padding (``key_padding_mask``), are evaluated densely, over all their pairs; padded keys get no weight by either
+    rule.
     """
 
     def __init__(
         self,
         *,
-        dim,
-        num_heads,
         num_patches,
         layer,
         prefix_tokens,
@@ -218,48 +229,24 @@ class FibottentionAttention(nn.Module):
         masked_score="zero",
         shuffle=True,
         backend="auto",
-        qkv_bias=True,
-        attn_drop=0.0,
+        **common,
     ):
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads: got {num_heads}, allowed: a divisor of dim {dim}")
+        super().__init__(**common)
         _choose("masked_score", masked_score, MASKED_SCORES)
         _choose("backend", backend, BACKENDS)
-        self.num_heads = num_heads
         self.num_patches = num_patches
         self.prefix_tokens = prefix_tokens
         self.masked_score = masked_score
         self.backend = backend
-        self.attn_drop = attn_drop
-        offsets = wythoff_offsets(num_patches, num_heads, modified=modified, variant=variant)
+        offsets = wythoff_offsets(num_patches, self.num_heads, modified=modified, variant=variant)
         self.offsets = shuffle_heads(offsets, layer) if shuffle else offsets
         self.register_buffer("table", diagonal_table(self.offsets, num_patches), persistent=False)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, attn_mask=None, is_causal=False, kept=None):
-        """x (B, P+N, C) -> (B, P+N, C); timm's blocks pass the two switches, which must be off here.
-
-        kept (B, n): the patch tokens that x (B, P+n, C) holds when the others were dropped; the pattern joins those
-        that it joins among all N. The n tokens are then evaluated densely, over all their pairs.
-        """
-        if attn_mask is not None or is_causal:
-            raise ValueError("attn_mask, is_causal: got one, allowed: neither (the pattern of Fibottention is fixed)")
-        batch, tokens, dim = x.shape
-        patches = self.num_patches if kept is None else kept.shape[1]
-        if tokens != self.prefix_tokens + patches:
-            raise ValueError(f"tokens: got {tokens}, allowed: {self.prefix_tokens} prefix + {patches} patch tokens")
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, P+N, D)
-        out = self._attend(q, k, v, kept)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
-
-    def _attend(self, q, k, v, kept):
-        dropout_p = self.attn_drop if self.training else 0.0
-        if kept is not None:
-            mask = _mask_of_table(self.table, self.num_patches, self.prefix_tokens, kept).transpose(0, 1)
-            return _dense(q, k, v, mask, self.masked_score, q.shape[-1] ** -0.5, dropout_p)
+    def attend(self, q, k, v, *, key_padding_mask=None, is_causal=False):
+        """q, k, v (B, H, P+N, D) -> (B, H, P+N, D)."""
+        if key_padding_mask is not None:
+            return self.attend_kept(q, k, v, None, key_padding_mask=key_padding_mask)
+        self._check_tokens(q.shape[2], self.num_patches)
         return fibottention(
             q,
             k,
@@ -268,9 +255,31 @@ class FibottentionAttention(nn.Module):
             prefix_tokens=self.prefix_tokens,
             masked_score=self.masked_score,
             backend=self.backend,
-            dropout_p=dropout_p,
+            dropout_p=self.dropout_p,
             table=self.table,
         )
+
+    def attend_kept(self, q, k, v, kept, *, key_padding_mask=None):
+        """q, k, v (B, H, P+n, D) of the patch tokens ``kept`` (B, n), None for all -> (B, H, P+n, D), densely."""
+        self._check_tokens(q.shape[2], self.num_patches if kept is None else kept.shape[1])
+        mask, real = self._pairs(kept), None if key_padding_mask is None else ~key_padding_mask[:, None, None]
+        return _dense(q, k, v, mask, self.masked_score, q.shape[-1] ** -0.5, self.dropout_p, real)
+
+    def attention_map(self, x, key_padding_mask=None):
+        """Weights (B, H, P+N, P+N) that each query gives to each key, under the rule of this layer."""
+        q, k, _ = self.split(x)
+        self._check_tokens(q.shape[2], self.num_patches)
+        real = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
+        return _weights(q, k, self.mask, self.masked_score, q.shape[-1] ** -0.5, real)
+
+    def _check_tokens(self, tokens, patches):
+        if tokens != self.prefix_tokens + patches:
+            raise ValueError(f"tokens: got {tokens}, allowed: {self.prefix_tokens} prefix + {patches} patch tokens")
+
+    def _pairs(self, kept):
+        """Attended pairs (H, T, T), of ``kept`` tokens (B, H, T, T)."""
+        mask = _mask_of_table(self.table, self.num_patches, self.prefix_tokens, kept)
+        return mask if kept is None else mask.transpose(0, 1)
 
     def extra_repr(self):
         return f"heads={self.num_heads}, patches={self.num_patches}, density={self.density():.3f}"
@@ -278,7 +287,7 @@ class FibottentionAttention(nn.Module):
     @property
     def mask(self):
         """Attended pairs, bool (H, P+N, P+N), made on demand."""
-        return _mask_of_table(self.table, self.num_patches, self.prefix_tokens)
+        return self._pairs(None)
 
     def density(self):
         """Share of the pairs of patches that a head attends to, mean over heads."""

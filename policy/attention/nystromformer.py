@@ -26,18 +26,18 @@ class NystromformerAttention(FactoredAttention):
     """softmax(q k~^T) softmax(q~ k~^T)^+ softmax(q~ k^T) v, scores over sqrt(D). x (B, T, C) -> (B, T, C).
 
     The landmarks q~ and k~ (B, H, S, D) are means over segments, runs of tokens whose lengths differ by one at most.
-    landmarks: S; up to S tokens attend exactly, by softmax. iterations: of the pseudo-inverse, which is taken in
+    num_landmarks: S; up to S tokens attend exactly, by softmax. iterations: of the pseudo-inverse, which is taken in
     float32 or better. conv_kernel: odd length of a depth-wise convolution of the values along the tokens, one for each
     head, that is added (33 in the paper), or None. Any number of tokens, all treated alike, prefix tokens too; padded
     tokens are in no segment, and if all are, the output is zero. Tokens may be dropped unless there is a convolution.
     attn_drop above 0 raises ValueError, as other options do.
     """
 
-    def __init__(self, *, landmarks=64, iterations=6, conv_kernel=None, **common):
+    def __init__(self, *, num_landmarks=64, iterations=6, conv_kernel=None, **common):
         super().__init__(**common)
-        at_least_one("landmarks", landmarks)
+        at_least_one("num_landmarks", num_landmarks)
         at_least_one("iterations", iterations)
-        self.landmarks, self.iterations = landmarks, iterations
+        self.num_landmarks, self.iterations = num_landmarks, iterations
         self.any_tokens = conv_kernel is None
         self.conv = None
         if conv_kernel is not None:
@@ -54,7 +54,7 @@ class NystromformerAttention(FactoredAttention):
             # A sample without tokens attends to all its values, which are zero: no row is left without a key.
             real = ~key_padding_mask | key_padding_mask.all(dim=1, keepdim=True)
             mask = real[:, None, None]
-        if q.shape[2] <= self.landmarks:
+        if q.shape[2] <= self.num_landmarks:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             out = self._through_landmarks(q, k, v, real, mask)
@@ -63,7 +63,7 @@ class NystromformerAttention(FactoredAttention):
     def _through_landmarks(self, q, k, v, real, mask):
         with torch.autocast(q.device.type, enabled=False):
             dtype = torch.promote_types(q.dtype, torch.float32)
-            pool = segment_means(real, self.landmarks, dtype)[:, None]  # (B, 1, S, T)
+            pool = segment_means(real, self.num_landmarks, dtype)[:, None]  # (B, 1, S, T)
             q_mean, k_mean = pool @ q.to(dtype), pool @ k.to(dtype)
             filled = pool.any(dim=-1, keepdim=True)  # (B, 1, S, 1): fewer tokens than landmarks leave some empty
             scores = q_mean @ k_mean.transpose(-2, -1) * q.shape[-1] ** -0.5

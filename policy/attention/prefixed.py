@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from policy.attention.base import MultiHeadAttention
+from policy.attention.base import MultiHeadAttention, unit_values
 
 
 class PrefixedAttention(MultiHeadAttention):
@@ -13,8 +13,6 @@ class PrefixedAttention(MultiHeadAttention):
     after the prefix, k and v (B, H, P+n, D) of all -> (B, H, n, D). It must be linear in v, which is what the map of
     weights is read off with. ``whole``: all N patches must be there, else the first n of them may come alone.
     """
-
-    maps = True
 
     def __init__(self, *, num_patches, prefix_tokens, whole=False, **common):
         super().__init__(**common)
@@ -41,5 +39,4 @@ class PrefixedAttention(MultiHeadAttention):
     def attention_map(self, x, key_padding_mask=None):
         """Weights (B, H, T, T) that each query gives to each key, without dropout."""
         q, k, _ = self.split(x)
-        one_hot = torch.eye(x.shape[1], dtype=q.dtype, device=x.device).expand(*q.shape[:2], -1, -1)
-        return self._attend(q, k, one_hot, key_padding_mask, 0.0)
+        return self._attend(q, k, unit_values(q), key_padding_mask, 0.0)

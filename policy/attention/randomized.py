@@ -53,7 +53,7 @@ class RandomizedAttention(MultiHeadAttention):
     attn_drop: on the weights, in training. Raises ValueError for wrong options.
     """
 
-    causal = any_tokens = maps = True
+    causal = any_tokens = True
 
     def __init__(self, *, num_samples=1, evaluation="mean", noise=1.0, **common):
         super().__init__(**common)

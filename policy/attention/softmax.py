@@ -9,7 +9,7 @@ from policy.attention.base import MultiHeadAttention
 class SoftmaxAttention(MultiHeadAttention):
     """Every token attends to all. x (B, P+N, C) -> (B, P+N, C)."""
 
-    causal = any_tokens = maps = True
+    causal = any_tokens = True
 
     def forward(self, x, attn_mask=None, is_causal=False, kept=None, key_padding_mask=None):
         """As of the base class; attn_mask (T, T) or (B, H, T, T) may be given, in place of is_causal and padding."""
