@@ -23,6 +23,7 @@ from policy.trainer import Trainer, to_tensors, uses_cpu
 
 WAIT = timedelta(hours=4)  # of the other processes, while the first one tests alone
 RANDOM = "random"  # in place of a run: the architecture of the others with random weights
+PROBED = (RANDOM, "pretrained/pusht_policy.safetensors")  # without --encoder
 
 
 def add_arguments(parser, *, modes, presets=("cpu", "small", "paper")):
@@ -52,14 +53,14 @@ def parse(parser, arguments):
     return args
 
 
-def main(args, *, kind, configure, run, probed):
-    """What both commands do with their arguments; probed: encoders of a probe without ``--encoder``."""
+def main(args, *, kind, configure, run):
+    """What both commands do with their arguments."""
     if args.resume:
         config = stored(args.resume)
         _join(config)
         run(config, args.resume, resume=True)
         return
-    names = args.encoder or (list(probed) if args.mode == "probe" else [])
+    names = args.encoder or (list(PROBED) if args.mode == "probe" else [])
     _check_encoders(args, names)
     named = [name for name in names if name != RANDOM]
     sources = {name: load_source(name, args.camera) for name in named}
@@ -81,7 +82,7 @@ def _check_encoders(args, names):
     allowed = {"probe": range(1, 100), "finetune": range(1, 2), "scratch": range(1), "pretrain": range(2)}[args.mode]
     timm_weights = args.mode == "finetune" and "encoder.pretrained=true" in args.overrides
     if len(names) not in allowed and not (timm_weights and not names):
-        counts = f"{allowed.start}" if len(allowed) == 1 else f"{allowed.start} or more"
+        counts = {"probe": "1 or more", "pretrain": "0 or 1"}.get(args.mode, f"{allowed.start}")
         raise ValueError(f"--encoder: got {len(names)}, allowed with --mode {args.mode}: {counts}")
     if len(set(names)) < len(names):
         raise ValueError(f"--encoder: got {', '.join(names)}, allowed: each once")
@@ -124,6 +125,14 @@ def configure(kind, args, *, source=None, init="none"):
     if "image_size" not in changed:
         config["image_size"] = image_size_of(source)
     return config
+
+
+def refuse_changes(args, keys, where):
+    """ValueError where the command line changes one of ``keys`` (or of their groups), which ``where`` does not use."""
+    for change in args.overrides:
+        name = change.split("=", 1)[0].lstrip("+")
+        if any(name == key or name.startswith(f"{key}.") for key in keys):
+            raise ValueError(f"{name}: got a change, but {where}")
 
 
 def image_size_of(encoder):

@@ -22,7 +22,7 @@ from policy.dataset.images import ImageDataset
 from policy.dataset.labelled import open_labelled
 from policy.trainer import to_tensors
 
-PROBED = (classify.RANDOM, "pretrained/pusht_policy.safetensors")  # without --encoder
+OF_FILES = ("augment", "root", "download", "workers")  # what embedded tasks, pictures in memory, do not use
 
 
 def open_data(config):
@@ -45,18 +45,19 @@ def open_data(config):
 
 
 def configure(args, *, source=None, init="none"):
-    """The configuration of one run; ValueError for augmentation that would change the labels of an embedded task."""
+    """The configuration of one run; ValueError for changes of what it does not use."""
     config = classify.configure("image", args, source=source, init=init)
+    data = config["data"]
     if config["mode"] == "pretrain":
-        if any(change.startswith("recipe") for change in args.overrides):
-            raise ValueError("recipe: got a change, allowed with labels alone, not in mode pretrain")
+        classify.refuse_changes(args, ["recipe"], "mode pretrain has no labels")
         del config["recipe"]
-    if config["data"] in config["embedded"]:
-        if any(change.startswith("augment") for change in args.overrides):
-            raise ValueError(
-                f"augment: got a change, allowed for {config['data']}: embedded.{config['data']}.pad alone"
-            )
-        config["augment"] = {"pad": config["embedded"][config["data"]]["pad"]}
+    if config["encoder"]["freeze"]:
+        unused = ["augment", "recipe.mixup", "recipe.cutmix", "recipe.mask_ratio", f"embedded.{data}.pad"]
+        classify.refuse_changes(args, unused, "a frozen encoder's features are computed once, of unchanged pictures")
+    if data in config["embedded"]:
+        where = f"{data} is drawn in memory and shifted by embedded.{data}.pad px alone, which keeps its labels"
+        classify.refuse_changes(args, OF_FILES, where)
+        config["augment"] = {"pad": config["embedded"][data]["pad"]}
     return config
 
 
@@ -90,7 +91,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     classify.add_arguments(parser, modes=("probe", "finetune", "scratch", "pretrain"))
     args = classify.parse(parser, arguments)
-    classify.main(args, configure=configure, run=run, kind="image", probed=PROBED)
+    classify.main(args, configure=configure, run=run, kind="image")
 
 
 if __name__ == "__main__":

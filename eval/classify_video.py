@@ -17,7 +17,6 @@ from eval.compose import ROOT
 from policy.dataset.labelled import open_labelled
 from policy.dataset.videos import VideoDataset, open_videos
 
-PROBED = (classify.RANDOM, "pretrained/pusht_policy.safetensors")  # without --encoder
 PRESETS = ("cpu", "small", "paper", "smarthome", "ntu", "nucla")
 UNUSED = ("sampling", "jitter", "flip", "temporal_views", "spatial_views", "workers", "root", "num_classes")
 
@@ -56,10 +55,11 @@ def _embedded(config, entry):
 def configure(args, *, source=None, init="none"):
     """The configuration of one run; ValueError for changes of what an embedded task does not use."""
     config = classify.configure("video", args, source=source, init=init)
+    if config["encoder"]["freeze"]:
+        where = "a frozen encoder's features are computed once, of unchanged clips"
+        classify.refuse_changes(args, ["flip", f"embedded.{config['data']}.pad"], where)
     if config["data"] in config["embedded"]:
-        changed = [change for change in args.overrides if change.split("=", 1)[0] in UNUSED]
-        if changed:
-            raise ValueError(f"{changed[0]}: got a change, allowed for videos alone, not for {config['data']}")
+        classify.refuse_changes(args, UNUSED, f"{config['data']} is no set of videos")
         config = {key: value for key, value in config.items() if key not in UNUSED}
     return config
 
@@ -88,7 +88,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     classify.add_arguments(parser, modes=("probe", "finetune", "scratch"), presets=PRESETS)
     args = classify.parse(parser, arguments)
-    classify.main(args, kind="video", configure=configure, run=run, probed=PROBED)
+    classify.main(args, kind="video", configure=configure, run=run)
 
 
 if __name__ == "__main__":

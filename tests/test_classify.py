@@ -169,15 +169,26 @@ def test_embedded_images(task, tmp_path, capsys):
     options = [f"embedded.{task}.frames=400", f"cache_dir={tmp_path}/cache", "training.epochs=1"]
     image("--data", task, "--output", tmp_path / "run", "--encoder", "random", *options, *SMALL)
     assert len(summary(tmp_path / "run")["per_class"]) == 8
-    with pytest.raises(SystemExit):
-        image("--data", task, "augment.flip=0.5", *options)
-    assert "augment: got a change" in capsys.readouterr().err
+    for mode, change in [
+        ("scratch", "augment.flip=0.5"),
+        ("scratch", "workers=2"),
+        ("probe", f"embedded.{task}.pad=3"),
+    ]:
+        with pytest.raises(SystemExit):
+            image("--data", task, "--mode", mode, change, *options)
+        assert f"{change.split('=')[0]}: got a change, but " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--mode", "scratch", "--encoder", "x"], "--encoder: got 1, allowed with --mode scratch: 0"),
+        (["--mode", "pretrain", "--encoder", "x", "y"], "--encoder: got 2, allowed with --mode pretrain: 0 or 1"),
+        (["--encoder", "random", "recipe.mixup=0.1"], "recipe.mixup: got a change, but a frozen encoder's features"),
+        (
+            ["--mode", "pretrain", "recipe.label_smoothing=0.2"],
+            "recipe.label_smoothing: got a change, but mode pretrain",
+        ),
         (["--mode", "finetune"], "--encoder: got 0, allowed with --mode finetune: 1"),
         (["--encoder", "a", "a"], "allowed: each once"),
         (["--encoder", "nowhere"], "nowhere, allowed: a .safetensors file or a run folder"),
@@ -266,7 +277,7 @@ def test_embedded_clips(tmp_path, capsys):
     assert set(summary(tmp_path / "run")["per_class"]) == {"counter-clockwise", "clockwise", "still"}
     with pytest.raises(SystemExit):
         video("flip=0.1", *options)
-    assert "flip=0.1: got a change" in capsys.readouterr().err
+    assert "flip: got a change" in capsys.readouterr().err
 
 
 def make_turning(path):

@@ -23,7 +23,8 @@ from timm.data.auto_augment import auto_augment_transform, rand_augment_transfor
 
 from policy.dataset import image_sources, images
 from policy.dataset.image_sources import CIFAR, open_images
-from policy.dataset.images import ImageDataset, seed_generators, stream_batches
+from policy.dataset.images import ImageDataset
+from policy.dataset.stream import GRACE, seed_generators, stream_batches
 
 ROOT = Path(__file__).parent.parent
 
@@ -693,12 +694,12 @@ def test_signals_to_all_processes_leave_the_workers_at_work(monkeypatch):
     started = time.monotonic()
     stream.close()
     assert not worker.is_alive()
-    assert time.monotonic() - started < images.GRACE / 2
+    assert time.monotonic() - started < GRACE / 2
 
 
 def test_workers_end_some_time_after_a_sigterm(monkeypatch):
     """One that is not asked to end in any other way, as where the main process hangs."""
-    monkeypatch.setattr(images, "GRACE", 1)
+    monkeypatch.setattr("policy.dataset.stream.GRACE", 1)
     stream = stream_batches(lambda request: request, itertools.count(), workers=1)
     next(stream)
     (worker,) = multiprocessing.active_children()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from policy.dataset.images import stream_batches
+from policy.dataset.stream import stream_batches
 from policy.dataset.video_decode import SAMPLINGS, clip_positions, frame_index, read_clip
 from policy.encoder.observation import to_unit
 
