@@ -6,6 +6,7 @@
     python -m eval.speed sample                          (or --checkpoint RUN_OR_FILE)
     python -m eval.speed train
     python -m eval.speed load --data human
+    python -m eval.speed decode                          pictures and videos of the classification benchmarks
 
 What is compared is measured in the same run, in turns: two runs on one machine can differ by more than two methods.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from eval import load_speed, sample_speed, train_speed
+from eval import decode_speed, load_speed, sample_speed, train_speed
 from eval.attention_speed import markdown, markdown_table, measure_attention, plot
 from eval.command import command
 from eval.encoder_speed import cells, measure_encoder
@@ -166,6 +167,12 @@ def main(argv=None):
         sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
         sub.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
         sub.add_argument("--output", type=Path, default=Path("speed") / name, help=f"folder, default speed/{name}")
+
+    sub = commands.add_parser("decode", help="decoding and augmentation by the number of processes")
+    sub.set_defaults(run=lambda args: _write(args, *decode_speed.run(args)), device="cpu", threads=None)
+    decode_speed.add_options(sub)
+    sub.add_argument("--seconds", type=float, default=5, help="time of one measurement, roughly; default 5")
+    sub.add_argument("--output", type=Path, default=Path("speed/decode"), help="folder, default speed/decode")
 
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "-m", "eval.speed", *argv])

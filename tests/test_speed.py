@@ -644,3 +644,16 @@ def test_a_batch_needs_enough_windows(tmp_path, pusht_zarr, capsys):
     with pytest.raises(SystemExit):
         speed.main(["train", "--preset", "small", "--data", str(pusht_zarr), "--batch", "1000", *PLAIN])
     assert "--batch: got 1000, allowed: 1 to " in capsys.readouterr().err
+
+
+def test_decoding_is_measured_for_each_kind_and_number_of_processes(tmp_path, monkeypatch, capsys):
+    for name, value in {"IMAGES": 8, "VIDEOS": 1, "FRAMES": 70}.items():
+        monkeypatch.setattr(f"eval.decode_speed.{name}", value)
+    speed.main(["decode", "--workers", "1", "0", "--batch", "4", "--seconds", "0.05", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert [row["workers"] for row in rows] == [0, 1] * 3 and len({row["kind"] for row in rows}) == 3
+    assert all(row["samples_per_s"] > 0 and row["busy_cores"] >= 0 for row in rows)
+    assert "clips, 8 frames" in (tmp_path / "decode.md").read_text()
+    with pytest.raises(SystemExit):
+        speed.main(["decode", "--workers", "-1"])
+    assert "--workers: got -1, allowed: >= 0" in capsys.readouterr().err
