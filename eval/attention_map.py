@@ -78,7 +78,7 @@ def load_vit(checkpoint, camera):
     encoder = load_encoder(checkpoint, camera=camera)
     kind = encoder.config["encoder"]["name"]
     if not hasattr(encoder, "vit"):
-        raise ValueError(f"encoder: got {kind!r}, which has no attention; allowed: vit")
+        raise ValueError(f"encoder: got {kind!r}, whose attention is not shown; allowed: vit")
     observed = encoder.config["task"]["shape_meta"]["obs"]
     cameras = [key for key, spec in observed.items() if spec["type"] == "rgb"]
     return encoder, camera or cameras[0]

@@ -320,7 +320,7 @@ def errors():
     """(options, message of the error line); {x} and {resnet} are checkpoints, {text} a text file."""
     return {
         "checkpoint": (["--checkpoint", "nowhere"], "checkpoint: got nowhere, allowed: a .safetensors file or a run"),
-        "resnet": (["--checkpoint", "{resnet}"], "encoder: got 'resnet18', which has no attention; allowed: vit"),
+        "resnet": (["--checkpoint", "{resnet}"], "encoder: got 'resnet18', whose attention is not shown; allowed: vit"),
         "camera": (["--checkpoint", "{x}"], "camera: got None, allowed: left, right"),
         "no image": (["--image", "nowhere.png"], "--image: got nowhere.png, which is not a file"),
         "not an image": (["--image", "{text}"], "cannot identify image file"),

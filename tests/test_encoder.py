@@ -194,6 +194,7 @@ def test_conv_stem_rounds_the_grid_up_and_sees_every_pixel():
 # Contract of every encoder ---------------------------------------------------------------------------------------
 
 VARIANTS = {
+    "pvt_v2": [{}, {"attention_stages": "none", "out_dim": 7}, {"pool": "spatial_softmax", "num_keypoints": 4}],
     "resnet18": [{}, {"num_keypoints": 4, "out_dim": 7}],
     "vit": [
         {**SMALL, "pool": pool, "stem": stem, "out_dim": out_dim}
@@ -227,7 +228,7 @@ def test_contract_of_every_encoder(name, options):
 
 def test_build_encoder_errors():
     build = {"image_size": 32, "attention": {"name": "softmax"}}
-    with pytest.raises(ValueError, match=r"encoder: got 'vlt' .did you mean 'vit'.*allowed: resnet18, vit"):
+    with pytest.raises(ValueError, match=r"encoder: got 'vlt' .did you mean 'vit'.*allowed: pvt_v2, resnet18, vit"):
         build_encoder("vlt", **build)
     with pytest.raises(ValueError, match=r"'vit' options: got depht, allowed: arch, depth,"):
         build_encoder("vit", **build, depht=3)

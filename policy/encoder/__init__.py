@@ -2,13 +2,14 @@
 
 import inspect
 
+from policy.encoder.pvt import PVTEncoder
 from policy.encoder.resnet import ResNet18Encoder
 from policy.encoder.vit import ViTEncoder
 from policy.registry import check_options, lookup
 
 __all__ = ["build_encoder", "list_encoders"]
 
-ENCODERS = {"resnet18": ResNet18Encoder, "vit": ViTEncoder}
+ENCODERS = {"pvt_v2": PVTEncoder, "resnet18": ResNet18Encoder, "vit": ViTEncoder}
 
 
 def list_encoders():

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from policy.attention import build_attention
+from policy.encoder.imagenet import take_unit_images
 from policy.encoder.spatial_softmax import SpatialSoftmax
 
 POOLS = ("mean", "cls", "spatial_softmax")
@@ -99,6 +100,9 @@ class ViTEncoder(nn.Module):
             drop_path_rate=drop_path,
             **overrides,
         )
+        if pretrained:
+            scaling = self.vit.pretrained_cfg
+            take_unit_images(self.vit.patch_embed.proj, mean=scaling["mean"], std=scaling["std"])
         self.vit.set_grad_checkpointing(gradient_checkpointing)
         if any(_attention_parameters(block) != ATTENTION_PARAMETERS for block in self.vit.blocks):
             raise ValueError(

@@ -1,0 +1,551 @@
+"""Backbones of every size: timm's ViT, DeiT and PVTv2 with each attention mechanism in them."""
+
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import nn
+
+import train
+from eval import classify_image
+from eval.compose import compose
+from policy.attention import list_attentions, shuffle_heads, wythoff_offsets
+from policy.build import build_model
+from policy.checkpoint import load_encoder, load_encoder_weights, save_checkpoint
+from policy.encoder import build_encoder, pvt
+from policy.encoder.imagenet import take_unit_images
+from policy.encoder.pvt import PVTEncoder
+from policy.encoder.vit import ViTEncoder, parameter_count
+
+SOFTMAX = {"name": "softmax"}
+FIBOTTENTION = {"name": "fibottention", "variant": "robot"}
+IMAGE_SIZES = (32, 84, 96, 224)
+
+
+def vit(arch="deit_tiny_patch16_224", *, image_size=32, attention=SOFTMAX, **options):
+    torch.manual_seed(0)
+    options = {"depth": 1, "drop_remainder": True, **options}
+    return ViTEncoder(arch=arch, image_size=image_size, attention=attention, **options).eval()
+
+
+def pyramid(*, image_size=32, attention=FIBOTTENTION, **options):
+    torch.manual_seed(0)
+    return PVTEncoder(image_size=image_size, attention=attention, **options).eval()
+
+
+def sharpened(encoder):
+    """``encoder`` with attention that is far from uniform, so that it matters which."""
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if name.endswith(("qkv.weight", "q.weight", "kv.weight")):
+                parameter.mul_(10)
+    return encoder
+
+
+def pictures(size, count=2, **options):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1), **options) * 2 - 1
+
+
+@pytest.fixture
+def on_meta():
+    """Everything is built without memory."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch remarks that copying weights without storage does nothing
+        yield
+
+
+@pytest.fixture
+def local_weights(monkeypatch, tmp_path):
+    """Function that makes timm's pretrained weights of ``arch`` those of a random model, which it returns."""
+
+    def save(arch, **sizes):
+        torch.manual_seed(7)
+        model = timm.create_model(arch, **sizes).eval()
+        save_file(model.state_dict(), tmp_path / "weights.safetensors")
+        overlay = {"file": str(tmp_path / "weights.safetensors")}
+        monkeypatch.setattr(timm, "create_model", partial(timm.create_model, pretrained_cfg_overlay=overlay))
+        return model
+
+    return save
+
+
+# ViT and DeiT ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch_size", [16, 8, 4])
+@pytest.mark.parametrize(
+    ("arch", "image_sizes"),
+    [("deit_tiny", IMAGE_SIZES), ("vit_tiny", (32,)), ("vit_small", (84,)), ("deit_base", (32,))],
+)
+def test_softmax_vit_equals_timm_with_copied_weights(arch, image_sizes, patch_size):
+    arch = f"{arch}_patch16_224"
+    for image_size in image_sizes:
+        torch.manual_seed(1)
+        theirs = timm.create_model(
+            arch, img_size=image_size, patch_size=patch_size, depth=1, num_classes=0, global_pool="avg", fc_norm=False
+        ).eval()
+        ours, images = vit(arch, image_size=image_size, patch_size=patch_size), pictures(image_size, 1)
+        with torch.no_grad():
+            expected = theirs(images)
+            assert (ours(images) - expected).abs().max() > 1e-2
+            ours.vit.load_state_dict(theirs.state_dict())
+            torch.testing.assert_close(ours(images), expected)
+        theirs.load_state_dict(ours.vit.state_dict())
+
+
+@pytest.mark.parametrize("patch_size", [16, 8, 4])
+@pytest.mark.parametrize(("size", "width", "heads"), [("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12)])
+def test_sizes_of_vit_and_deit(on_meta, size, width, heads, patch_size):
+    """Grids, and parameters by hand: patches, positions and class token, blocks, norm."""
+    for image_size, depth in zip(IMAGE_SIZES, (1, 1, 1, 12), strict=True):
+        options = {"depth": None} if depth == 12 else {}
+        encoder = vit(f"deit_{size}_patch16_224", image_size=image_size, patch_size=patch_size, **options)
+        side = image_size // patch_size
+        assert encoder.grid == (side, side) and encoder.out_dim == width
+        assert len(encoder.vit.blocks) == depth and encoder.vit.blocks[0].attn.num_heads == heads
+        embedding = (3 * patch_size**2 + 1) * width + (side**2 + 1) * width + width
+        assert parameter_count(encoder) == embedding + depth * (12 * width**2 + 13 * width) + 2 * width
+
+
+def test_pretrained_vit_reads_a_file_and_follows_patch_size_and_grid(local_weights):
+    theirs = local_weights("deit_tiny_patch16_224", depth=1).state_dict()
+    own = vit(image_size=96, patch_size=8, pretrained=True).vit.state_dict()
+    positions = resample_abs_pos_embed(theirs["pos_embed"], new_size=[12, 12], old_size=[14, 14])
+    torch.testing.assert_close(own["pos_embed"], positions)
+    unscaled = nn.Conv2d(3, 192, 8)
+    with torch.no_grad():
+        unscaled.weight.copy_(resample_patch_embed(theirs["patch_embed.proj.weight"], [8, 8]))
+        unscaled.bias.copy_(theirs["patch_embed.proj.bias"])
+    take_unit_images(unscaled, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    torch.testing.assert_close(own["patch_embed.proj.weight"], unscaled.weight)
+    torch.testing.assert_close(own["patch_embed.proj.bias"], unscaled.bias)
+    for key in [key for key in own if not key.startswith(("pos_embed", "patch_embed"))]:
+        assert torch.equal(own[key], theirs[key]), key
+    assert not torch.equal(vit(image_size=96, patch_size=8).vit.state_dict()["cls_token"], theirs["cls_token"])
+
+
+def test_images_in_the_unit_range_stand_for_those_of_imagenet():
+    torch.manual_seed(0)
+    ours, theirs = (nn.Conv2d(3, 5, 4, stride=4).double() for _ in range(2))
+    ours.load_state_dict(theirs.state_dict())
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    take_unit_images(ours, mean=mean, std=std)
+    pixels = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    scaled = torch.stack([(pixels[:, i] - mean[i]) / std[i] for i in range(3)], dim=1)
+    torch.testing.assert_close(ours(pixels * 2 - 1), theirs(scaled))
+
+
+# PVTv2 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_size", [29, 100, *IMAGE_SIZES])
+def test_own_reduction_equals_timm(image_size):
+    torch.manual_seed(1)
+    theirs = timm.create_model("pvt_v2_b0", num_classes=0).eval()
+    ours, images = pyramid(image_size=image_size, attention_stages="none"), pictures(image_size, 1)
+    ours.pvt.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))
+
+
+def reference_pyramid(encoder, images, image_size):
+    """Mean of the last stage of a PVTv2-B0 with dense attention everywhere, from the weights alone, in float64."""
+    w = {key.replace("attn.attention", "attn"): value.double() for key, value in encoder.pvt.state_dict().items()}
+
+    def norm(x, name, eps=1e-6):
+        x = x - x.mean(dim=-1, keepdim=True)
+        return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def convolve(x, name, **options):  # (B, h, w, C)
+        out = F.conv2d(x.permute(0, 3, 1, 2), w[f"{name}.weight"], w[f"{name}.bias"], **options)
+        return out.permute(0, 2, 3, 1)
+
+    def attend(x, name, heads):
+        if f"{name}.q.weight" in w:
+            q, (k, v) = linear(x, f"{name}.q"), linear(x, f"{name}.kv").chunk(2, dim=-1)
+        else:
+            q, k, v = linear(x, f"{name}.qkv").chunk(3, dim=-1)
+        q, k, v = (part.unflatten(2, (heads, -1)) for part in (q, k, v))  # (B, N, H, D)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+        weights = scores.exp() / scores.exp().sum(dim=-1, keepdim=True)
+        return linear(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2), f"{name}.proj")
+
+    x = images.double().permute(0, 2, 3, 1)
+    for stage, heads in enumerate((1, 2, 5, 8)):
+        if stage == 0:
+            x = norm(convolve(x, "patch_embed.proj", stride=4, padding=3), "patch_embed.norm", eps=1e-5)
+        else:
+            name = f"stages.{stage}.downsample"
+            x = norm(convolve(x, f"{name}.proj", stride=2, padding=1), f"{name}.norm", eps=1e-5)
+        shape = x.shape[1:3]
+        assert shape == (-(-image_size // 2 ** (stage + 2)),) * 2
+        x = x.flatten(1, 2)
+        for block in range(2):
+            name = f"stages.{stage}.blocks.{block}"
+            x = x + attend(norm(x, f"{name}.norm1"), f"{name}.attn", heads)
+            hidden = linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1").unflatten(1, shape)
+            hidden = convolve(hidden, f"{name}.mlp.dwconv", padding=1, groups=hidden.shape[-1]).flatten(1, 2)
+            x = x + linear(hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5)), f"{name}.mlp.fc2")
+        x = norm(x, f"stages.{stage}.norm").unflatten(1, shape)
+    return x.mean(dim=(1, 2))
+
+
+@pytest.mark.parametrize("attention_stages", ["reduced", "all"])
+@pytest.mark.parametrize("image_size", [32, 70])
+def test_softmax_pyramid_equals_brute_force(image_size, attention_stages):
+    encoder = sharpened(pyramid(image_size=image_size, attention=SOFTMAX, attention_stages=attention_stages))
+    images = pictures(image_size)
+    with torch.no_grad():
+        expected = reference_pyramid(encoder, images, image_size)
+        torch.testing.assert_close(encoder(images), expected.float(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(encoder.double()(images.double()), expected)
+
+
+def test_attention_stages():
+    """Whose attention is where, and that each choice computes something else."""
+    images = pictures(64)
+    outputs = []
+    for attention_stages, ours in (("none", []), ("reduced", [0, 1, 2]), ("all", [0, 1, 2, 3])):
+        encoder = sharpened(pyramid(image_size=64, attention_stages=attention_stages))
+        assert [i for i, s in enumerate(encoder.pvt.stages) if hasattr(s.blocks[1].attn, "attention")] == ours
+        outputs.append(encoder(images))
+    assert min((a - b).abs().max() for a, b in zip(outputs, outputs[1:] + outputs[:1], strict=True)) > 1e-3
+    other = sharpened(pyramid(image_size=64, attention=SOFTMAX))
+    assert (other(images) - outputs[1]).abs().max() > 1e-3
+    own = sharpened(pyramid(image_size=64, attention=SOFTMAX, attention_stages="none"))
+    assert torch.equal(own(images), outputs[0])
+
+
+def test_every_stage_has_the_offsets_of_its_own_grid():
+    encoder = pyramid(image_size=84, arch="pvt_v2_b2", attention_stages="all")
+    layer = 0
+    for side, heads, stage in zip((21, 11, 6, 3), (1, 2, 5, 8), encoder.pvt.stages, strict=True):
+        offsets = wythoff_offsets(side * side, heads, variant="robot")
+        for block in stage.blocks:
+            assert block.attn.attention.offsets == shuffle_heads(offsets, layer)
+            layer += 1
+    assert layer == 3 + 4 + 6 + 3
+
+
+def test_geometry_that_mechanisms_are_told(monkeypatch):
+    told = []
+    build = pvt.build_attention
+    monkeypatch.setattr(pvt, "build_attention", lambda name, **o: told.append(o) or build(name, **o))
+    pyramid(image_size=100)
+    sides = (25, 25, 13, 13, 7, 7)
+    assert [(o["grid"], o["num_patches"]) for o in told] == [((side, side), side * side) for side in sides]
+    assert [o["layer"] for o in told] == [0, 1, 2, 3, 4, 5] and {o["depth"] for o in told} == {8}
+    assert [o["dim"] for o in told] == [32, 32, 64, 64, 160, 160] and {o["prefix_tokens"] for o in told} == {0}
+
+
+PARAMETERS = {  # of timm's and of ours, whose first three stages lack what merges keys
+    "pvt_v2_b0": (3_409_760, 2_941_280),
+    "pvt_v2_b1": (13_496_000, 11_625_152),
+    "pvt_v2_b2": (24_849_856, 20_549_376),
+    "pvt_v2_b3": (44_725_696, 35_498_496),
+}
+
+
+@pytest.mark.parametrize("arch", PARAMETERS)
+def test_parameters_of_pyramids(on_meta, arch):
+    published, reduced = PARAMETERS[arch]
+    theirs = timm.create_model(arch, num_classes=0)
+    assert parameter_count(theirs) == published
+    merging = sum(
+        parameter_count(block.attn.sr) + parameter_count(block.attn.norm)
+        for stage in theirs.stages[:3]
+        for block in stage.blocks
+    )
+    assert parameter_count(pyramid(arch=arch)) == published - merging == reduced
+
+
+def test_linear_pyramid_reduces_everywhere():
+    encoder = pyramid(arch="pvt_v2_b2_li", attention=SOFTMAX)
+    assert all(hasattr(block.attn, "attention") for stage in encoder.pvt.stages for block in stage.blocks)
+    assert encoder(pictures(32)).shape == (2, 512)
+
+
+def test_pretrained_pyramid_reads_a_file(local_weights):
+    """q and kv become qkv in this order; sr and norm go, all else stays, the first filters take images in [-1, 1]."""
+    theirs = local_weights("pvt_v2_b0")
+    file = theirs.state_dict()
+    encoder = pyramid(pretrained=True)
+    own = {key.replace("attn.attention", "attn"): value for key, value in encoder.pvt.state_dict().items()}
+    gone = {key for key in file if key not in own}
+    replaced = [f"stages.{stage}.blocks.{block}.attn" for stage in range(3) for block in range(2)]
+    lost = [f"{part}.{kind}" for part in ("q", "kv", "sr", "norm") for kind in ("weight", "bias")]
+    assert gone == {f"{name}.{part}" for name in replaced for part in lost} | {"head.weight", "head.bias"}
+    for name in replaced:
+        for kind in ("weight", "bias"):
+            q, kv = file[f"{name}.q.{kind}"], file[f"{name}.kv.{kind}"]
+            assert torch.equal(own[f"{name}.qkv.{kind}"], torch.cat([q, kv]))
+    for key in set(own) & set(file) - {"patch_embed.proj.weight", "patch_embed.proj.bias"}:
+        assert torch.equal(own[key], file[key]), key
+    whole, images = pyramid(pretrained=True, attention_stages="none", image_size=96), pictures(96, 1)
+    mean, std = (torch.tensor(theirs.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = theirs.forward_head(theirs.forward_features(((images + 1) / 2 - mean) / std), pre_logits=True)
+        unscaled = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+        assert (whole(images) - expected).norm() < 0.2 * (unscaled - expected).norm()  # the border apart
+
+
+def test_pyramid_options():
+    images = pictures(64)
+    plain = pyramid(image_size=64)
+    maps = plain.pvt.forward_features(images)
+    assert maps.shape == (2, 256, 2, 2) and plain.out_dim == 256
+    torch.testing.assert_close(plain(images), maps.flatten(2).sum(dim=2) / 4)
+    softened = pyramid(image_size=64, pool="spatial_softmax", num_keypoints=5)
+    assert softened.out_dim == 10
+    torch.testing.assert_close(softened(images), softened.keypoints(softened.pvt.forward_features(images)))
+    read = pyramid(image_size=64, out_dim=7)
+    assert read.out_dim == 7
+    torch.testing.assert_close(read(images), maps.mean(dim=(2, 3)) @ read.readout.weight.T + read.readout.bias)
+    assert pyramid(image_size=64, arch="pvt_v2_b1").out_dim == 512
+
+
+def test_drop_path_of_the_pyramid_acts_in_training_only():
+    images, plain, dropping = pictures(32), pyramid(), pyramid(drop_path=0.5)
+    assert torch.equal(dropping(images), plain(images))
+    rates = [block.drop_path1.drop_prob for stage in dropping.pvt.stages for block in stage.blocks[1:]]
+    assert rates == pytest.approx([0.5 / 7, 1.5 / 7, 2.5 / 7, 0.5])
+    dropping.train()
+    torch.manual_seed(0)
+    assert (dropping(images) - plain(images)).abs().max() > 1e-3
+
+
+def test_gradient_checkpointing_of_the_pyramid():
+    """The same gradients, while every block runs again in the backward pass."""
+    gradients = []
+    for option in (False, True):
+        encoder, runs = pyramid(gradient_checkpointing=option).train(), []
+        for stage in encoder.pvt.stages:
+            for block in stage.blocks:
+                block.norm1.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        encoder(pictures(32)).square().sum().backward()
+        assert len(runs) == (16 if option else 8)
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": "pvt_v2_b9"}, "arch: got 'pvt_v2_b9', allowed: pvt_v2_b0, pvt_v2_b1, .*pvt_v2_b5"),
+        ({"arch": "deit_tiny_patch16_224"}, "arch: got 'deit_tiny_patch16_224', allowed: pvt_v2_b0"),
+        ({"attention_stages": "last"}, "attention_stages: got 'last', allowed: reduced, all, none"),
+        ({"pool": "cls"}, "pool: got 'cls', allowed: mean, spatial_softmax"),
+        ({"pool": "spatial_softmax"}, "spatial softmax: got a 1x1 grid, allowed: at least 2 cells"),
+        ({"attention_stages": "none", "image_size": 28}, "image size: got 28, allowed with .*none: at least 29 px"),
+        ({"attention": {"name": "dense"}}, "attention: got 'dense', allowed: .*softmax"),
+    ],
+    ids=str,
+)
+def test_pyramid_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        pyramid(**options)
+
+
+def test_the_pyramid_takes_images_of_its_size_only():
+    with pytest.raises(ValueError, match=r"images: got \(2, 3, 33, 33\), allowed: \(B, 3, 32, 32\)"):
+        pyramid(attention=SOFTMAX)(pictures(33))
+
+
+def test_the_pyramid_takes_smaller_images_where_nothing_is_merged():
+    assert torch.isfinite(pyramid(image_size=5, attention=SOFTMAX)(pictures(5))).all()
+
+
+def test_layers_of_the_pyramid():
+    encoder = pyramid(pool="mean", out_dim=3, arch="pvt_v2_b2")
+    assert encoder.num_layers == 17
+    expected = {
+        "pvt.patch_embed.proj.weight": 0,
+        "pvt.patch_embed.norm.bias": 0,
+        "pvt.stages.0.blocks.0.attn.attention.qkv.weight": 1,
+        "pvt.stages.0.blocks.2.mlp.fc1.bias": 3,
+        "pvt.stages.0.norm.weight": 4,
+        "pvt.stages.1.downsample.proj.weight": 4,
+        "pvt.stages.1.blocks.0.norm1.weight": 4,
+        "pvt.stages.3.blocks.2.attn.kv.weight": 16,
+        "pvt.stages.3.norm.bias": 17,
+        "readout.weight": 17,
+    }
+    layers = {name: encoder.layer_of(name) for name, _ in encoder.named_parameters()}
+    assert {name: layers[name] for name in expected} == expected and set(layers.values()) == set(range(18))
+
+
+# The pyramid as a policy's and a classifier's encoder --------------------------------------------------------------
+
+PYRAMID = {"name": "pvt_v2", "arch": "pvt_v2_b0", "out_dim": 5}
+
+
+def model_config(size, *, name="image_classifier", encoder=PYRAMID, attention=FIBOTTENTION, **model):
+    model = {"num_classes": 3, **model} if name != "mae" else model
+    return {
+        "task": {"shape_meta": {"obs": {"image": {"type": "rgb", "shape": [3, size, size]}}}},
+        "crop": None,
+        "encoder": {**encoder, "init": "none", "freeze": False},
+        "attention": attention,
+        "model": {"name": name, **model},
+    }
+
+
+def saved(path, config):
+    """A checkpoint of a fresh model of ``config``; returns the weights of its encoder."""
+    torch.manual_seed(3)
+    model = build_model(config)
+    tensors = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(path, tensors, config=config, state={"step": 0})
+    return model.encoder.encoders["image"].state_dict()
+
+
+def test_an_encoder_starts_another_of_any_image_size(tmp_path):
+    """No table of positions: the weights stay as they are, and the diagonals are those of the new grids."""
+    tensors = saved(tmp_path / "run", model_config(64))
+    loaded = load_encoder(tmp_path / "run")
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in tensors.items())
+    larger = model_config(96)
+    larger["encoder"]["init"] = str(tmp_path / "run")
+    model = build_model(larger)
+    assert train.start_encoder(model, larger) == f"encoder: {tmp_path / 'run'}, trained"
+    own = model.encoder.encoders["image"]
+    assert all(torch.equal(own.state_dict()[key], value) for key, value in tensors.items())
+    offsets = wythoff_offsets(24 * 24, 1, variant="robot")
+    assert own.pvt.stages[0].blocks[0].attn.attention.offsets == offsets
+    fresh = build_encoder("pvt_v2", image_size=96, attention=FIBOTTENTION, out_dim=5)
+    fresh.load_state_dict(tensors)
+    torch.testing.assert_close(own(pictures(96)), fresh(pictures(96)))
+
+
+def test_weights_for_a_number_of_patches_are_refused_at_another():
+    attention = {"name": "linformer"}
+    small, large = (pyramid(image_size=size, attention=attention) for size in (64, 96))
+    with pytest.raises(ValueError, match="here does not fit this configuration: shapes: pvt.stages.0.blocks.0.attn"):
+        load_encoder_weights(large, small.state_dict(), "here")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name": "mae"}, "encoder.name: got 'pvt_v2', allowed for a masked autoencoder: vit"),
+        ({"features": "cls"}, "features, mask_ratio: got a choice of tokens, allowed: output and 0"),
+        ({"features": "mean"}, "features, mask_ratio: got a choice of tokens, allowed: output and 0"),
+        ({"mask_ratio": 0.5}, "features, mask_ratio: got a choice of tokens, allowed: output and 0"),
+        ({"name": "video_classifier", "frames": 2}, "model.space_time: got 'divided', allowed: space"),
+        ({"name": "video_classifier", "frames": 2, "space_time": "joint"}, "space_time: got 'joint', allowed: space"),
+    ],
+    ids=str,
+)
+def test_what_needs_tokens_refuses_the_pyramid(model, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(model_config(32, **model))
+
+
+def test_frames_on_their_own_go_through_the_pyramid():
+    model = build_model(model_config(32, name="video_classifier", frames=2, space_time="space"))
+    assert model.logits({"video": torch.rand(3, 2, 3, 32, 32)}).shape == (3, 3)
+
+
+def test_a_policy_trains_with_the_pyramid(workplace, tmp_path, runs):
+    """config/pusht with preset smoke, one step from random weights, and the weights move."""
+    changes = ["preset=smoke", "encoder=pvt_v2", "decoder=none", "rollout.episodes=0", "training.max_steps=1"]
+    changes += ["training.warmup_steps=0", "training.epochs=1", "training.batch_size=4", "training.max_val_batches=1"]
+    changes += [f"task.data={workplace}/demos.zarr", f"cache_dir={workplace}/cache", "device=cpu"]
+    config = compose("pusht", changes)
+    (tmp_path / "run").mkdir()
+    trainer = train.run(OmegaConf.create(config), tmp_path / "run")
+    encoder = load_encoder(tmp_path / "run")
+    assert isinstance(encoder, PVTEncoder) and encoder.out_dim == 256
+    torch.manual_seed(config["seed"])
+    before, after = build_model(config).state_dict(), trainer.raw_model.state_dict()
+    still = [name for name, _ in trainer.raw_model.named_parameters() if torch.equal(before[name], after[name])]
+    assert not [name for name in still if name.startswith("encoder.")]
+
+
+def test_images_are_classified_with_the_pyramid(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for kind in ("dark", "light"):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+            for number in range(2):
+                pixels = rng.integers(0, 100, (32, 32, 3), dtype=np.uint8) + 100 * (kind == "light")
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / split / kind / f"{number}.png")
+    changes = ["encoder=pvt_v2", "workers=0", "training.epochs=1", "training.batch_size=4", "device=cpu"]
+    where = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
+    classify_image.main([*where, "--mode", "scratch", *changes])
+    assert (tmp_path / "run" / "summary.json").exists() and isinstance(load_encoder(tmp_path / "run"), PVTEncoder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["encoder=pvt_v2"], ("pvt_v2", 256)),
+        (["encoder=pvt_v2", "encoder.arch=pvt_v2_b3"], ("pvt_v2", 512)),
+        (["encoder=vit"], ("vit", 192)),
+        (["encoder=vit", "encoder.arch=deit_small_patch16_224", "encoder.patch_size=8"], ("vit", 384)),
+        (["encoder=vit", "encoder.arch=vit_base_patch16_224", "encoder.patch_size=4"], ("vit", 768)),
+    ],
+    ids=str,
+)
+def test_backbones_are_a_choice_of_every_policy(on_meta, changes, expected):
+    config = compose("pusht", ["preset=cpu", *changes])
+    encoder = build_model(config).encoder.encoders["image"]
+    assert (config["encoder"]["name"], encoder.out_dim) == expected
+
+
+# Every mechanism in every backbone -----------------------------------------------------------------------------------
+
+WITH_ONE_HEAD = {"hybrid": {"dilations": [1]}}  # as stage 1 of PVTv2 has; dilations are shared out among heads
+
+
+def check_gradients(module, output):
+    """``output`` is finite, and so is its gradient by every parameter of ``module`` that learns."""
+    assert torch.isfinite(output).all()
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    projections = [p for name, p in module.named_parameters() if ".blocks." in name and name.endswith("qkv.weight")]
+    assert projections and all(p.grad.abs().max() > 0 for p in projections)
+
+
+@pytest.mark.parametrize("patch_size", [16, 8])
+@pytest.mark.parametrize("name", list_attentions())
+def test_every_mechanism_in_a_vit(name, patch_size):
+    encoder = vit(image_size=96, patch_size=patch_size, attention={"name": name}, depth=2).train()
+    check_gradients(encoder, encoder(pictures(96)))
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_every_mechanism_in_a_pyramid(name):
+    attention = {"name": name, **WITH_ONE_HEAD.get(name, {})}
+    encoder = pyramid(image_size=64, attention=attention, attention_stages="all").train()
+    check_gradients(encoder, encoder(pictures(64)))
+
+
+def test_more_dilations_than_heads_are_refused():
+    with pytest.raises(ValueError, match="dilations: got 3 of them, allowed: 1 to the 1 heads"):
+        pyramid(image_size=64, attention={"name": "hybrid"})
+
+
+@pytest.mark.parametrize("space_time", ["divided", "joint"])
+@pytest.mark.parametrize("name", list_attentions())
+def test_every_mechanism_in_a_video_model(name, space_time):
+    encoder = {"name": "vit", "arch": "deit_tiny_patch16_224", "patch_size": 8, "depth": 2}
+    options = {"frames": 3, "space_time": space_time, "encoder": encoder, "attention": {"name": name}}
+    torch.manual_seed(0)
+    model = build_model(model_config(32, name="video_classifier", **options)).train()
+    nn.init.normal_(model.head.weight)  # the small initial one hides all
+    check_gradients(model, model.logits({"video": torch.rand(2, 3, 3, 32, 32) * 2 - 1}))
