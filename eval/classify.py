@@ -38,7 +38,7 @@ def add_arguments(parser, *, modes, presets=("cpu", "small", "paper")):
         help=f"run folders or checkpoints, or {RANDOM}; probe: several",
     )
     parser.add_argument("--camera", help="whose encoder, of a policy with several")
-    parser.add_argument("--preset", choices=presets, default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--preset", choices=presets, help="sizes and recipe (default: cpu)")
     parser.add_argument("--output", type=Path, help="folder of the results (default: below runs/)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
@@ -103,12 +103,12 @@ def load_source(name, camera=None):
     return load_encoder(Path(name) if Path(name).exists() else ROOT / name, camera=camera)
 
 
-def configure(kind, args, *, source=None, init="none"):
+def configure(kind, args, *, source=None, init="none", preset="cpu"):
     """The configuration of config/KIND/MODE.yaml with the command line's changes, for the encoder ``source`` if any.
 
-    Encoder, attention and size of the pictures are then those of ``source``, unless the command line says otherwise.
+    preset: where the command line names none. Encoder, attention and size of the pictures are then those of ``source``, unless the command line says otherwise.
     """
-    overrides = [*args.overrides, f"{kind}/preset@_global_={args.preset}"]
+    overrides = [*args.overrides, f"{kind}/preset@_global_={args.preset or preset}"]
     overrides += [f"data={args.data}"] if args.data else []
     config = compose_at(f"{kind}/{args.mode}", overrides)
     if source is None:

@@ -22,6 +22,7 @@ from policy.dataset.images import ImageDataset
 from policy.dataset.labelled import open_labelled
 from policy.trainer import to_tensors
 
+PRESETS = ("cpu", "small", "paper", "pusht")  # pusht: the default of embedded tasks from scratch
 OF_FILES = ("augment", "root", "download", "workers")  # what embedded tasks, pictures in memory, do not use
 
 
@@ -48,6 +49,8 @@ def configure(args, *, source=None, init="none"):
     """The configuration of one run; ValueError for changes of what it does not use."""
     config = classify.configure("image", args, source=source, init=init)
     data = config["data"]
+    if data in config["embedded"] and args.mode == "scratch":  # another network than photographs need
+        config = classify.configure("image", args, preset="pusht")
     if config["mode"] == "pretrain":
         classify.refuse_changes(args, ["recipe"], "mode pretrain has no labels")
         del config["recipe"]
@@ -89,7 +92,7 @@ def _draw_examples(trainer, test_data, config, path, count=32):
 def main(arguments=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    classify.add_arguments(parser, modes=("probe", "finetune", "scratch", "pretrain"))
+    classify.add_arguments(parser, modes=("probe", "finetune", "scratch", "pretrain"), presets=PRESETS)
     args = classify.parse(parser, arguments)
     classify.main(args, configure=configure, run=run, kind="image")
 
