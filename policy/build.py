@@ -12,6 +12,8 @@ from policy.head.mae import MaskedAutoencoder
 from policy.head.video import VideoClassifier
 from policy.keypoints import KeypointRegressor
 from policy.registry import lookup
+from policy.sequence.language import LanguageModel
+from policy.sequence.translation import TranslationModel
 
 MODELS = {
     "diffusion": DiffusionPolicy,
@@ -20,13 +22,16 @@ MODELS = {
     "mae": MaskedAutoencoder,
     "video_classifier": VideoClassifier,
 }
+SEQUENCE_MODELS = {"language": LanguageModel, "translation": TranslationModel}  # of tokens, without a camera
 ENCODER_LOADING = ("init", "freeze")  # how an encoder's weights start, not what it is
 
 
 def build_model(config):
     """The model that the resolved configuration (a plain dict) describes, with fresh weights."""
     options = dict(config["model"])
-    model = lookup("model.name", options.pop("name"), MODELS)
+    model = lookup("model.name", options.pop("name"), MODELS | SEQUENCE_MODELS)
+    if model in SEQUENCE_MODELS.values():
+        return model(attention=config["attention"], **options)
     encoder = {key: value for key, value in config["encoder"].items() if key not in ENCODER_LOADING}
     built = model(
         shape_meta=config["task"]["shape_meta"],
