@@ -1,0 +1,131 @@
+"""Every attention mechanism side by side: FLOPs, time, memory, distance to softmax attention, accuracy.
+
+    python -m eval.attention --quick                  forward only, some minutes
+    python -m eval.attention                          all sizes, forward and backward
+    python -m eval.attention --train --seeds 3        also train each on the image benchmark, hours
+
+A mechanism is a file config/attention/NAME.yaml. Writes results.json, .csv and .md, pictures and index.html.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from eval.attention_error import measure_errors, measure_maps
+from eval.attention_measure import BASELINE, describe, measure, own_time, read_configs
+from eval.attention_page import html_page
+from eval.attention_plots import plot_latency, plot_maps, plot_tradeoff, plot_training
+from eval.attention_speed import DIRECTIONS
+from eval.attention_tables import COMPARED, csv_text, markdown
+from eval.attention_train import train
+from eval.classify_image import PRESETS
+from eval.command import command
+from eval.machine import check_positive, choose_device, describe_machine, fix_allocation
+
+PATCHES = [64, 196, 400, 784, 1568, 3136, 6272]
+QUICK = [64, 196, 784, 3136]
+SECONDS = {False: 60, True: 20}  # with --quick
+MAP = {"layer": 1, "head": 0}  # of the shipped encoder, in the gallery
+
+
+@command
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    names = ("dim", "heads", "batch", "seconds", "limit", "images", "seeds", "epochs", "threads")
+    check_positive(**{name: getattr(args, name) for name in names})
+    for patches in args.patches or ():
+        check_positive(patches=patches)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
+    fix_allocation()
+    configs = read_configs(args.attention)
+    settings = {
+        "patches": sorted(set(args.patches or (QUICK if args.quick else PATCHES))),
+        "directions": list(DIRECTIONS[:1] if args.quick else DIRECTIONS),
+        "dim": args.dim,
+        "heads": args.heads,
+        "batch": args.batch,
+        "seconds": args.seconds or SECONDS[args.quick],
+        "limit": args.limit,
+    }
+    mechanisms = describe(configs, patches=COMPARED[0], dim=args.dim, heads=args.heads)
+    results = {
+        "command": shlex.join(["python", "-m", "eval.attention", *argv]),
+        "machine": describe_machine(device),
+        "settings": {**settings, "images": args.images, "own_time": own_time(device)},
+        "mechanisms": mechanisms,
+        "rows": measure(configs, **settings, device=device),
+        "errors": measure_errors(configs, images=args.images),
+        "training": [],
+    }
+    maps = measure_maps(configs, **MAP)
+    write(results, maps, args.output)
+    if args.train:  # hours, before which the rest should be safe
+        changes = {key: getattr(args, key) for key in ("seeds", "data", "preset", "epochs", "overrides")}
+        results["training"] = train(list(configs), args.output / "training", **changes)
+        write(results, maps, args.output)
+    print(f"{markdown(results)}\nwrote {args.output}/index.html and what it shows")
+
+
+def write(results, maps, folder):
+    """All files of ``results`` and ``maps``, as ``measure_maps`` returns them."""
+    pictures = {
+        "latency.png": plot_latency(results),
+        "tradeoff.png": plot_tradeoff(results),
+        "training.png": plot_training(results),
+        "gallery.png": plot_maps(*maps, **MAP),
+    }
+    pictures = {name: png for name, png in pictures.items() if png is not None}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "results.json": json.dumps(results, indent=1).encode(),
+        "results.csv": csv_text(results).encode(),
+        "results.md": markdown(results).encode(),
+        **pictures,
+        "index.html": html_page(results, pictures).encode(),
+    }
+    for name, content in files.items():
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = f"files of config/attention, default all; {BASELINE} is always there"
+    parser.add_argument("--attention", nargs="+", default=[], metavar="NAME", help=names)
+    parser.add_argument("--quick", action="store_true", help=f"forward only, N of {QUICK}, few repetitions")
+    parser.add_argument(
+        "--patches", type=int, nargs="+", metavar="N", help=f"default {PATCHES}; the first is never left out"
+    )
+    parser.add_argument("--dim", type=int, default=768, help="width of the layer, default 768")
+    parser.add_argument("--heads", type=int, default=12, help="default 12")
+    parser.add_argument("--batch", type=int, default=1, help="default 1")
+    seconds = f"time of one N and direction, all mechanisms together, default {SECONDS[False]}, quick {SECONDS[True]}"
+    parser.add_argument("--seconds", type=float, help=seconds)
+    parser.add_argument("--limit", type=float, default=10, help="s, slower calls are left out; default 10")
+    parser.add_argument("--images", type=int, default=8, help="pictures for the error to softmax, default 8")
+    parser.add_argument("--train", action="store_true", help="train each mechanism on the image benchmark, too")
+    parser.add_argument("--data", help="of the training, as of eval.classify_image; default its own")
+    parser.add_argument("--preset", choices=PRESETS, help="of the training, default as eval.classify_image")
+    parser.add_argument("--seeds", type=int, default=1, help="training runs of each mechanism, default 1")
+    parser.add_argument("--epochs", type=int, help="of the training, default as eval.classify_image")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the training configuration")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
+    output = Path("runs") / "attention"
+    parser.add_argument("--output", type=Path, default=output, help=f"folder, default {output}; training goes on there")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

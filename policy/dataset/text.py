@@ -1,0 +1,82 @@
+"""Text for language models: a file, a folder such as WikiText-103, or what ships with Python, cut into windows."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+PARTS = {"train": {"train"}, "valid": {"valid", "validation", "val", "dev"}, "test": {"test"}}
+ENDINGS = (".txt", ".raw", ".tokens")
+VALID_FROM, TEST_FROM = 0.9, 0.95  # shares of a text where its other parts begin
+
+
+def read_text(path):
+    """The UTF-8 text of a file; raises OSError or, with the place of the first wrong byte, ValueError."""
+    try:
+        return Path(path).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{path}: got byte 0x{byte:02x} at place {error.start}, allowed: UTF-8 text") from None
+
+
+def embedded_text():
+    """Python's own help texts, English (PSF licence): 466 kB with Python 3.11, more with later ones."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def text_parts(source):
+    """{"train", "valid", "test"} of texts that share nothing.
+
+    source: None for ``embedded_text``, a file, or a folder of .txt, .raw or .tokens files. Where names of files say so
+    (wiki.train.tokens) these are the parts; else they are the first 90 %, the next 5 % and the last 5 % of the text.
+    Raises FileNotFoundError, or ValueError for a folder with some parts only and for an empty text.
+    """
+    if source is None:
+        return _cut(embedded_text(), "embedded text")
+    source = Path(source)
+    if not source.is_dir():
+        return _cut(read_text(source), source)
+    files = sorted(file for file in source.iterdir() if file.suffix in ENDINGS)
+    if not files:
+        raise FileNotFoundError(f"text: got {source}, allowed: a file, or a folder of {', '.join(ENDINGS)} files")
+    named = {part: [file for file in files if _words(file) & words] for part, words in PARTS.items()}
+    if not any(named.values()):
+        return _cut("\n".join(map(read_text, files)), source)
+    missing = [part for part, found in named.items() if not found]
+    if missing:
+        raise ValueError(
+            f"text: got {source} without a file named {' and '.join(missing)}, allowed: train, valid and test, or none"
+        )
+    return {part: "\n".join(map(read_text, found)) for part, found in named.items()}
+
+
+def _words(file):
+    return set(re.split(r"[._-]", file.name.lower()))
+
+
+def _cut(text, name):
+    if not text.strip():
+        raise ValueError(f"{name}: got no text, allowed: some")
+    cuts = [0, int(len(text) * VALID_FROM), int(len(text) * TEST_FROM), len(text)]
+    return {part: text[start:end] for part, start, end in zip(PARTS, cuts, cuts[1:], strict=False)}
+
+
+class TokenWindows:
+    """Windows of ``length`` + 1 of the tokens (n,), one from every ``stride``-th on; {"tokens": (B, length+1)}."""
+
+    def __init__(self, tokens, *, length, stride):
+        if length < 1 or stride < 1:
+            raise ValueError(f"context, stride: got {length} and {stride}, allowed: 1 and more")
+        if len(tokens) <= length:
+            raise ValueError(f"text: got a part of {len(tokens)} tokens, allowed: more than the context of {length}")
+        self.tokens, self.length, self.stride = tokens, length, stride
+
+    def __len__(self):
+        return (len(self.tokens) - self.length - 1) // self.stride + 1
+
+    def batch(self, indices):
+        """{"tokens": (B, length+1) int64} of these windows."""
+        places = np.asarray(indices)[:, None] * self.stride + np.arange(self.length + 1)
+        return {"tokens": self.tokens[places].astype(np.int64)}

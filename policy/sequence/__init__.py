@@ -1,0 +1,1 @@
+"""Sequences of tokens: a language model and translation, on any attention mechanism."""

@@ -1,0 +1,501 @@
+"""Translation: the embedded grammar, pairs, encoder and decoder, beam search, BLEU, and the command from end to end."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from eval import sequence, translate
+from eval.compose import compose_at
+from policy.attention import list_attentions
+from policy.build import build_model
+from policy.dataset.german import CASES, DEFINITE, INDEFINITE, NOUNS, contract, english_number, german_number
+from policy.dataset.instructions import Deed, Thing, make_pairs
+from policy.dataset.parallel import PairBatches, open_pairs, read_pairs, split_pairs
+from policy.dataset.tokens import ByteTokens
+from policy.sequence.search import beam_search
+from policy.sequence.translation import TranslationModel
+
+SIZES = {"dim": 16, "depth": 2, "decoder_depth": 2, "num_heads": 2}
+SMALL = {  # options of mechanisms that make their windows and landmarks matter at twelve tokens
+    "bigbird": {}, "causal_eva": {"window_size": 4, "chunk_size": 2}, "eva": {"attn_2d": False, "num_landmarks": 3},
+    "hybrid": {"attn_2d": False, "dilations": [1, 2]}, "lara": {"num_landmarks": 4}, "linformer": {"rank": 4},
+    "nystromformer": {"num_landmarks": 4},
+}  # fmt: skip
+
+
+def model(attention="softmax", decoder="softmax", options=None, **changes):
+    """A tiny model of 9 tokens in evaluation mode, float64."""
+    torch.manual_seed(0)
+    changes = {"vocabulary": 9, "source_length": 12, "target_length": 10, **SIZES, **changes}
+    attention = {"name": attention, **(SMALL.get(attention, {}) if options is None else options)}
+    decoder = {"name": decoder, **SMALL.get(decoder, {})}
+    return TranslationModel(attention=attention, decoder_attention=decoder, **changes).eval().double()
+
+
+def some_sources(lengths, *, net):
+    """Random sources (B, S) of these lengths without the end."""
+    generator = torch.Generator().manual_seed(2)
+    source = torch.full((len(lengths), net.source_length), net.padding)
+    for row, length in enumerate(lengths):
+        source[row, :length] = torch.randint(9, (length,), generator=generator)
+        source[row, length] = net.end
+    return source
+
+
+# The grammar -----------------------------------------------------------------------------------------------------
+
+
+def thing(name, *adjectives, **options):
+    return Thing(NOUNS[name], adjectives, **options)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "english", "nominative", "accusative", "dative", "genitive"),
+    [
+        (thing("block", "red"), "the red block", "der rote Block", "den roten Block", "dem roten Block",
+         "des roten Blocks"),
+        (thing("bowl", "old", "blue"), "the old blue bowl", "die alte blaue Schale", "die alte blaue Schale",
+         "der alten blauen Schale", "der alten blauen Schale"),
+        (thing("book", "white"), "the white book", "das weiße Buch", "das weiße Buch", "dem weißen Buch",
+         "des weißen Buches"),
+        (thing("plate", "old", definite=False), "an old plate", "ein alter Teller", "einen alten Teller",
+         "einem alten Teller", "eines alten Tellers"),
+        (thing("glass", definite=False), "a glass", "ein Glas", "ein Glas", "einem Glas", "eines Glases"),
+        (thing("cup", "red", definite=False), "a red cup", "eine rote Tasse", "eine rote Tasse", "einer roten Tasse",
+         "einer roten Tasse"),
+        (thing("ball", "red", number=21), "the twenty-one red balls", "die einundzwanzig roten Bälle",
+         "die einundzwanzig roten Bälle", "den einundzwanzig roten Bällen", "der einundzwanzig roten Bälle"),
+        (thing("tray", "red", number=2, definite=False), "two red trays", "zwei rote Tabletts", "zwei rote Tabletts",
+         "zwei roten Tabletts", "zwei roter Tabletts"),
+        (thing("box", number=3), "the three boxes", "die drei Kisten", "die drei Kisten", "den drei Kisten",
+         "der drei Kisten"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_noun_phrases(phrase, english, nominative, accusative, dative, genitive):
+    assert phrase.english == english
+    assert [phrase.german(case) for case in CASES] == [nominative, accusative, dative, genitive]
+
+
+def test_every_noun_bends():
+    """Articles and nouns of each gender, against a table written by hand."""
+    for noun in NOUNS.values():
+        assert DEFINITE["nominative"]["mfnp".index(noun.gender)] in ("der", "die", "das")
+        dative = Thing(noun, (), 5).german("dative")
+        assert dative.startswith("den fünf ") and dative[-1] in "ns"
+        genitive = Thing(noun).german("genitive")
+        assert (
+            genitive.startswith("der ") if noun.gender == "f" else genitive.startswith("des ") and genitive[-1] == "s"
+        )
+    assert [INDEFINITE["accusative"]["mfn".index(gender)] for gender in "mfn"] == ["einen", "eine", "ein"]
+
+
+@pytest.mark.parametrize(
+    ("number", "english", "german"),
+    [(2, "two", "zwei"), (12, "twelve", "zwölf"), (16, "sixteen", "sechzehn"), (17, "seventeen", "siebzehn"),
+     (30, "thirty", "dreißig"), (21, "twenty-one", "einundzwanzig"), (67, "sixty-seven", "siebenundsechzig"),
+     (76, "seventy-six", "sechsundsiebzig"), (99, "ninety-nine", "neunundneunzig")],
+)  # fmt: skip
+def test_numbers(number, english, german):
+    assert (english_number(number), german_number(number)) == (english, german)
+
+
+def test_numbers_are_different():
+    for function in (english_number, german_number):
+        assert len({function(number) for number in range(2, 100)}) == 98
+
+
+def test_contractions():
+    found = [contract(text) for text in ("in dem Korb", "in das Glas", "zu dem Ball", "zu der Tasse", "in den Korb")]
+    assert found == ["im Korb", "ins Glas", "zum Ball", "zur Tasse", "in den Korb"]
+
+
+def test_verbs_stand_where_they_belong():
+    from policy.dataset.german import HANDLING, MOVING
+
+    cup, where = thing("cup"), ("into the box", "in die Kiste")
+    lift, push = Deed(HANDLING[0], cup, "slowly"), Deed(MOVING[0], thing("block", "red"), where=where)
+    assert lift.order() == ("slowly pick up the cup", "hebe die Tasse langsam auf")
+    assert lift.german_final(lift.verb.du) == "die Tasse langsam aufhebst"
+    assert lift.german_final(lift.verb.participle) == "die Tasse langsam aufgehoben"
+    assert lift.german(lift.verb.er, "der Roboter") == "hebt der Roboter die Tasse langsam auf"
+    assert push.order() == ("push the red block into the box", "schiebe den roten Block in die Kiste")
+    assert push.prohibition() == (
+        "do not push the red block into the box",
+        "schiebe den roten Block nicht in die Kiste",
+    )
+
+
+def test_pairs_are_many_and_follow_the_seed():
+    pairs = make_pairs(3000, seed=1)
+    assert pairs == make_pairs(3000, seed=1) != make_pairs(3000, seed=2)
+    assert len({english for english, _ in pairs}) == 3000 and len({german for _, german in pairs}) > 2990
+    for english, german in pairs:
+        assert all(text[0].isupper() and text[-1] == "." and "  " not in text for text in (english, german))
+    german = " ".join(german for _, german in pairs)
+    for part in (", bevor du ", ", weil ", " nicht ", "Wenn ", ", die ", " Grad", " soll ", "Jetzt ", " hat "):
+        assert part in german
+    with pytest.raises(ValueError, match="pairs: got 0"):
+        make_pairs(0, seed=1)
+
+
+# Pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_pairs(tmp_path):
+    source, target = tmp_path / "text.en", tmp_path / "text.de"
+    source.write_text("one\n two \n\nfour\n")
+    target.write_text("eins\nzwei\ndrei\nvier")
+    assert read_pairs(source, target) == [("one", "eins"), ("two", "zwei"), ("four", "vier")]
+    assert open_pairs(source, target, count=5, seed=0) == read_pairs(source, target)
+    assert len(open_pairs(None, None, count=5, seed=0)) == 5
+    with pytest.raises(ValueError, match="allowed: two files, or neither"):
+        open_pairs(source, None, count=5, seed=0)
+    target.write_text("eins\nzwei\n")
+    with pytest.raises(ValueError, match="source, target: got 4 and 2 lines, allowed: the same number"):
+        read_pairs(source, target)
+    target.write_bytes(b"a\nb\n\xff\nd")
+    with pytest.raises(ValueError, match="text.de: got byte 0xff at place 4, allowed: UTF-8 text"):
+        read_pairs(source, target)
+    for file in (source, target):
+        file.write_text("")
+    with pytest.raises(ValueError, match="without a pair, allowed: at least one"):
+        read_pairs(source, target)
+
+
+def test_no_sentence_is_in_two_parts():
+    pairs = [(f"s{number}", f"t{number}") for number in range(40)]
+    repeated = [*pairs, ("s3", "other"), ("other", "t4"), ("s5", "t5")]
+    parts = split_pairs(repeated, held_out=7, seed=0)
+    assert [len(parts[part]) for part in ("train", "valid", "test")] == [26, 7, 7]
+    assert sorted(itertools.chain(*parts.values())) == sorted(pairs)
+    assert parts == split_pairs(repeated, held_out=7, seed=0) != split_pairs(repeated, held_out=7, seed=1)
+    for held_out in (0, 20):
+        with pytest.raises(ValueError, match=f"held_out: got {held_out}, allowed: 1 to below half of the 40"):
+            split_pairs(repeated, held_out=held_out, seed=0)
+
+
+def test_batches_of_pairs():
+    data = PairBatches(
+        [("ab", "c"), ("abcd", "c"), ("a", "cde"), ("a", "")], ByteTokens(), source_length=4, target_length=3
+    )
+    assert len(data) == 2 and data.dropped == 2 and data.texts == [("ab", "c"), ("a", "")]
+    batch = data.batch(np.array([0, 1]))
+    end, start, padding = 256, 257, 258
+    assert batch["source"].tolist() == [[97, 98, end, padding], [97, end, padding, padding]]
+    assert batch["target"].tolist() == [[start, 99, end], [start, end, padding]]
+    assert PairBatches([("abc", "de")], ByteTokens(), source_length=4, target_length=3).dropped == 0
+    with pytest.raises(ValueError, match="source_length, target_length: got 3, 3, allowed: at least 4"):
+        PairBatches([("abc", "de")], ByteTokens(), source_length=3, target_length=3)
+
+
+# The model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", list_attentions())
+def test_padding_does_not_matter(attention):
+    """A sentence among longer ones, alone, and with other numbers in the embedding of the padding; any encoder."""
+    net = model(attention)
+    source = some_sources([3, 11, 6], net=net)
+    target = torch.tensor([[net.start, 1, 2, 3]] * 3)
+    with torch.no_grad():
+        together = net.logits(source, target)
+        alone = torch.cat([net.logits(source[row : row + 1], target[row : row + 1]) for row in range(3)])
+        net.source_embedding.tokens.weight[net.padding] = 100
+        changed = net.logits(source, target)
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-10)
+    torch.testing.assert_close(changed, together, rtol=0, atol=1e-10)
+
+
+def test_the_source_matters():
+    net = model()
+    sources = some_sources([5, 5], net=net)
+    target = torch.tensor([[net.start, 1]] * 2)
+    scores = net.logits(sources, target)
+    assert (scores[0] - scores[1]).abs().min() > 1e-9 and scores.shape == (2, 2, 10)
+
+
+@pytest.mark.parametrize("decoder", ["softmax", "causal_eva", "performer", "ra"])
+def test_cached_decoding_equals_full(decoder):
+    net = model("eva", decoder)
+    source = some_sources([3, 11], net=net)
+    target = torch.cat([torch.full((2, 1), net.start), torch.randint(9, (2, 9))], dim=1)
+    with torch.no_grad():
+        full, state = net.logits(source, target), net.begin(source)
+        for place in range(10):
+            scores, state = net.step(target[:, place], state)
+            torch.testing.assert_close(scores, full[:, place], rtol=0, atol=1e-12)
+
+
+def test_loss():
+    """Cross-entropy of what is no padding, smoothed in training only; the share of right tokens."""
+    net = model(label_smoothing=0.2)
+    source, target = some_sources([3, 5], net=net), torch.tensor([[10, 1, 2, 9], [10, 3, 9, 11]])
+    losses = net({"source": source, "target": target}, {})
+    log_probs = net.logits(source, target[:, :-1]).float().log_softmax(dim=-1)
+    expected = [log_probs[0, 0], log_probs[0, 1], log_probs[0, 2], log_probs[1, 0], log_probs[1, 1]]
+    labels = [1, 2, 9, 3, 9]
+    plain = -sum(row[label] for row, label in zip(expected, labels, strict=True)) / 5
+    torch.testing.assert_close(losses["loss"], plain)
+    right = sum(int(row.argmax() == label) for row, label in zip(expected, labels, strict=True))
+    assert losses["top1"].item() == pytest.approx(right / 5)
+    net.train()
+    even = -sum(row.mean() for row in expected) / 5
+    torch.testing.assert_close(net({"source": source, "target": target}, {})["loss"], 0.8 * plain + 0.2 * even)
+
+
+def test_start_and_padding_never_follow():
+    net = model()
+    assert net.logits(some_sources([2], net=net), torch.tensor([[net.start]])).shape[-1] == net.end + 1
+
+
+@pytest.mark.parametrize("change", [{"depth": 1}, {"decoder_depth": 1}, {"dropout": 0.5}, {"source_length": 14},
+                                    {"target_length": 11}])  # fmt: skip
+def test_sizes_change_the_model(change):
+    nets = [model().train(), model(**change).train()]
+    if "dropout" not in change:
+        assert len({sum(p.numel() for p in net.parameters()) for net in nets}) == 2
+    source = some_sources([4], net=nets[1])
+    torch.manual_seed(3)
+    scores = [nets[1].logits(source, torch.tensor([[10, 1]])) for _ in range(2)]
+    assert torch.equal(*scores) == ("dropout" not in change)
+
+
+def test_wrong_options():
+    with pytest.raises(
+        ValueError, match="attention: got 'lara', allowed for a decoder: causal_eva, performer, ra, softmax"
+    ):
+        model(decoder="lara")
+    with pytest.raises(ValueError, match="label_smoothing: got 1.0, allowed: 0 to below 1"):
+        model(label_smoothing=1.0)
+
+
+# Search ----------------------------------------------------------------------------------------------------------
+
+
+def scored(net, source, tokens):
+    """Sum of log probabilities of one target with its end, by full evaluation."""
+    target = torch.tensor([[net.start, *tokens]])
+    with torch.no_grad():
+        log_probs = net.logits(source[None], target)[0].float().log_softmax(dim=-1)
+    return sum(log_probs[place, token].item() for place, token in enumerate([*tokens, net.end]))
+
+
+def search(net, source, **options):
+    options = {"start": net.start, "end": net.end, "most": 4, **options}
+    return beam_search(net.step, net.begin(source), len(source), **options)
+
+
+@pytest.fixture(scope="module")
+def sharp():
+    """A model of three tokens whose scores differ, and three sources."""
+    net = model(vocabulary=3)
+    with torch.no_grad():
+        net.target_embedding.tokens.weight *= 4
+    source = torch.full((3, 12), net.padding)
+    source[:, :4] = torch.tensor([[0, 1, 2, 3], [2, 2, 3, 5], [1, 3, 5, 5]])
+    return net, source
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_wide_search_finds_the_best_of_all(sharp, length_penalty):
+    """Every sequence of up to three of three tokens, by brute force; all 40 of them, in order."""
+    net, source = sharp
+    found = search(net, source, beams=100, length_penalty=length_penalty)
+    for row in range(3):
+        every = [tokens for length in range(4) for tokens in itertools.product(range(3), repeat=length)]
+        scores = {tokens: scored(net, source[row], tokens) / (len(tokens) + 1) ** length_penalty for tokens in every}
+        best = sorted(every, key=lambda tokens: -scores[tokens])
+        assert len(found[row]) == 40 and [tuple(tokens) for _, tokens in found[row][:3]] == best[:3]
+        for score, tokens in found[row]:
+            assert score == pytest.approx(scores[tuple(tokens)], abs=1e-5)
+
+
+def test_one_beam_is_greedy_search(sharp):
+    for net, source in (sharp, (model("lara"), some_sources([2, 11, 5], net=model()))):
+        found = search(net, source, beams=1, most=9)
+        for row in range(3):
+            tokens = []
+            while len(tokens) < 8:
+                with torch.no_grad():
+                    scores = net.logits(source[row : row + 1], torch.tensor([[net.start, *tokens]]))
+                if scores[0, -1].argmax() == net.end:
+                    break
+                tokens.append(scores[0, -1].argmax().item())
+            ((score, best),) = found[row]
+            assert best == tokens and score == pytest.approx(
+                scored(net, source[row], tokens) / (len(tokens) + 1), abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+def test_narrow_search(sharp, beams):
+    """Sorted, never better than the best of all, never worse than... what it says it is; alone as in a batch."""
+    net, source = sharp
+    found, wide = search(net, source, beams=beams), search(net, source, beams=100)
+    for row in range(3):
+        scores = [score for score, _ in found[row]]
+        assert scores == sorted(scores, reverse=True) and 1 <= len(scores) <= beams
+        assert scores[0] <= wide[row][0][0] + 1e-6
+        ((alone),) = search(net, source[row : row + 1], beams=beams)
+        assert [tokens for _, tokens in alone] == [tokens for _, tokens in found[row]]
+    for beams in (0, -1):
+        with pytest.raises(ValueError, match="beams: got"):
+            search(net, source, beams=beams)
+
+
+def test_the_length_penalty_prefers_longer_ones():
+    """Log probabilities that do not depend on what came before: the end is always worth -1, the token -0.4."""
+
+    def step(tokens, state):
+        return torch.tensor([-0.4, -1.0]).log_softmax(dim=0).expand(len(tokens), 2), state
+
+    def length(penalty):
+        options = {"start": 0, "end": 1, "most": 6, "beams": 8, "length_penalty": penalty}
+        return len(beam_search(step, (), 1, **options)[0][0][1])
+
+    assert length(0.0) == 0 and length(1.0) == 5
+
+
+# BLEU ------------------------------------------------------------------------------------------------------------
+
+REFERENCES = [german for _, german in make_pairs(40, seed=5)]
+
+
+def test_bleu_of_perfect_translations():
+    found = translate.score(REFERENCES, REFERENCES)
+    assert found["bleu"] == pytest.approx(100) and found["bleu_ci95"] == pytest.approx([100, 100])
+    assert found["chrf"] == pytest.approx(100) and found["exact"] == 1
+    assert "tok:13a" in found["bleu_signature"] and "version:" in found["chrf_signature"]
+
+
+def test_bleu_of_others():
+    worse = [reference.replace("den", "dem").replace("die", "der") for reference in REFERENCES]
+    found = translate.score(worse, REFERENCES)
+    low, high = found["bleu_ci95"]
+    assert 10 < low < found["bleu"] < high < 100 and high - low > 1 and found["exact"] < 1
+    assert found == translate.score(worse, REFERENCES)
+    assert translate.score(["nichts"] * 40, REFERENCES)["bleu"] < 1
+
+
+# The command -----------------------------------------------------------------------------------------------------
+
+TINY = [
+    "model.dim=16", "model.depth=1", "model.decoder_depth=1", "model.num_heads=2", "source_length=32",
+    "target_length=32", "pairs=120", "held_out=10", "vocabulary=600", "training.max_steps=2", "training.batch_size=16",
+    "training.log_every=1", "training.warmup_steps=1",
+]  # fmt: skip
+
+
+def run(*arguments):
+    translate.main([str(argument) for argument in arguments])
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A run on twelve sentences, whose test pairs are those it learned."""
+    folder = tmp_path_factory.mktemp("learned")
+    pairs = make_pairs(14, seed=3)
+    for side, name in enumerate(("text.en", "text.de")):
+        (folder / name).write_text("\n".join(pair[side] for pair in pairs))
+    run("--source", folder / "text.en", "--target", folder / "text.de", "--output", folder / "run", *TINY, "held_out=1",
+        "model.dim=64", "model.dropout=0", "model.label_smoothing=0", "source_length=80", "target_length=80",
+        "training.lr=0.01", "training.max_steps=150", "training.epochs=150", "training.ema.max_decay=0.5",
+        "training.val_every=999", "training.checkpoint_every=999", "training.warmup_steps=10")  # fmt: skip
+    return folder / "run"
+
+
+def test_learning_by_heart(learned):
+    """What it was trained on comes out again, word by word."""
+    net, config = sequence.load(learned)
+    data = translate.open_data(config, learned)
+    options = {"beams": 4, "length_penalty": 1.0, "device": "cpu"}
+    translations = translate.translate(net, data["train"], data["tokens"], **options)
+    references = [reference for _, reference in data["train"].texts]
+    assert translate.score(translations, references)["bleu"] > 90
+    few = translate.translate(net, data["train"], data["tokens"], **options, batch_size=1)
+    assert few == translations
+
+
+def test_what_a_run_leaves(learned):
+    found = summary(learned)
+    assert found["train_pairs"] == 12 and found["test_pairs"] == 1 and found["beams"] == 4
+    assert found["dropped"] == {"train": 0, "valid": 0, "test": 0} and 0 <= found["bleu"] <= 100
+    assert found["decoder_attention"] == "softmax" and found["steps"] == 150
+    assert "reference" in (learned / "examples.txt").read_text()
+    for name in ("curves.png", "tokens.json", "config.yaml", "metrics.jsonl"):
+        assert (learned / name).stat().st_size > 0
+
+
+def test_translating_a_sentence(learned, capsys):
+    english, german = make_pairs(14, seed=3)[0]
+    run("--checkpoint", learned, "--translate", english)
+    assert capsys.readouterr().out.split()[0] == german.split()[0]
+    with pytest.raises(SystemExit):
+        run("--checkpoint", learned, "--translate", "word " * 99)
+    assert "source_length, target_length: got 80, 80, allowed: at least" in capsys.readouterr().err
+
+
+def test_the_embedded_pairs_with_several_encoders(tmp_path, capsys):
+    run("--output", tmp_path, *TINY, "--attention", "eva_text", "lara_text",
+        "attention@model.decoder_attention=performer", "source_length=28", "target_length=28", "beams=2",
+        "length_penalty=0.5")  # fmt: skip
+    found = {name: summary(tmp_path / name) for name in ("eva_text", "lara_text")}
+    assert [found[name]["attention"] for name in found] == ["eva", "lara"]
+    assert found["eva_text"]["decoder_attention"] == "performer" and found["eva_text"]["beams"] == 2
+    assert found["eva_text"]["dropped"]["train"] > 0 and found["eva_text"]["data"] == "embedded"
+    printed = capsys.readouterr().out
+    assert f"{found['eva_text']['dropped']['train']} with too many tokens dropped" in printed
+    assert "| lara_text | " in printed and (tmp_path / "comparison.png").stat().st_size > 0
+    data = translate.open_data(OmegaConf.to_container(OmegaConf.load(tmp_path / "eva_text" / "config.yaml")), None)
+    sources = [{one for one, _ in data[part].texts} for part in ("train", "valid", "test")]
+    assert not sources[0] & sources[1] and not sources[0] & sources[2] and not sources[1] & sources[2]
+
+
+def test_a_finished_run_may_be_tested_again(learned):
+    before = summary(learned)
+    run("--resume", learned)
+    timing = {"training_minutes", "minutes"}
+    assert {k: v for k, v in summary(learned).items() if k not in timing} == {
+        k: v for k, v in before.items() if k not in timing
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "nowhere.en"], "source, target: got nowhere.en and None, allowed: two files, or neither"),
+        (["--source", "nowhere.en", "--target", "nowhere.de"], "nowhere.en"),
+        (["--attention", "softmax", "no_such"], "attention: got 'no_such', allowed: "),
+        (["attention@model.decoder_attention=eva"], "attention: got 'eva', allowed for a decoder: causal_eva"),
+        (["held_out=60"], "held_out: got 60, allowed: 1 to below half of the 1"),
+        (["--translate", "x"], "--translate, --checkpoint: got one of them"),
+        (["source_length=3"], "source_length, target_length: got 3, 32, allowed: at least"),
+        (["pairs=many"], "pairs: got 'many', allowed: integer"),
+        (["beams=0"], "beams: got 0, allowed: 1 and more"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(arguments, message, tmp_path, capsys):
+    """One line, before anything is written."""
+    with pytest.raises(SystemExit) as end:
+        run("--output", tmp_path / "run", *TINY, *arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and message in error and error.count("error:") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_every_preset_builds(preset):
+    config = compose_at("translation/base", [f"translation/preset@_global_={preset}"])
+    with torch.device("meta"):
+        net = build_model({**config, "model": {**config["model"], "vocabulary": config["vocabulary"]}})
+    assert net.source_length == config["source_length"] and config["preset"] == preset
