@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from envs import make_env
-from eval.attention_map import load_vit
+from eval.attention_map import attention_inputs, load_vit
 from eval.attention_measure import build, own_parameters
 from eval.compose import ROOT
 from policy.build import build_model
@@ -44,22 +44,6 @@ def scenes(image_size, count):
         env.reset(seed)
         pictures.append(np.ascontiguousarray(env.observe()["image"]))
     return torch.from_numpy(np.stack(pictures))
-
-
-@torch.no_grad()
-def attention_inputs(encoder, images):
-    """What enters the attention of each layer, [(B, P+N, C)], for images (B, 3, h, w) in [-1, 1]."""
-    inputs = []
-    hooks = [
-        block.attn.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
-        for block in encoder.vit.blocks
-    ]
-    try:
-        encoder(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return inputs
 
 
 def geometry_of(encoder, layer):

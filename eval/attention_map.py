@@ -38,18 +38,25 @@ def pattern_of(module, tokens):
 
 
 @torch.no_grad()
-def encoder_weights(encoder, image):
-    """Attention weights of all layers, [(H, P+N, P+N)], for one image (3, h, w) in [-1, 1]."""
+def attention_inputs(encoder, images):
+    """What enters the attention of each layer, [(B, P+N, C)], for images (B, 3, h, w) in [-1, 1]."""
     inputs = []
     hooks = [
         block.attn.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
         for block in encoder.vit.blocks
     ]
     try:
-        encoder(image[None])
+        encoder(images)
     finally:
         for hook in hooks:
             hook.remove()
+    return inputs
+
+
+@torch.no_grad()
+def encoder_weights(encoder, image):
+    """Attention weights of all layers, [(H, P+N, P+N)], for one image (3, h, w) in [-1, 1]."""
+    inputs = attention_inputs(encoder, image[None])
     return [block.attn.attention_map(x)[0].float() for block, x in zip(encoder.vit.blocks, inputs, strict=True)]
 
 

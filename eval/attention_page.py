@@ -3,7 +3,7 @@
 from html import escape
 
 from eval.attention_tables import describe_settings, notes, tables
-from eval.report_page import HEAD, _paragraph, _picture, _table
+from eval.report_page import HEAD, html_table, paragraph, picture_of
 
 TITLE = "Attention mechanisms side by side"
 CAPTIONS = {
@@ -18,15 +18,15 @@ def html_page(results, pictures):
     """The page as text; pictures {file name: PNG}."""
     parts = [
         f"<h1>{TITLE}</h1>",
-        _paragraph(describe_settings(results)),
+        paragraph(describe_settings(results)),
         f"<p><code>{escape(results['command'])}</code></p>",
     ]
     (title, text, rows), *others = tables(results)
-    parts += [f"<h2>{escape(title)}</h2>", _paragraph(text), _table(rows), _facts(results)]
-    parts += [_picture(png, CAPTIONS[name]) for name, png in pictures.items()]
+    parts += [f"<h2>{escape(title)}</h2>", paragraph(text), html_table(rows), _facts(results)]
+    parts += [picture_of(png, CAPTIONS[name]) for name, png in pictures.items()]
     for title, text, rows in others:
-        parts += [f"<h2>{escape(title)}</h2>", _paragraph(text), _table(rows)]
-    parts += ["<h2>Options</h2>", _table(_options(results))]
+        parts += [f"<h2>{escape(title)}</h2>", paragraph(text), html_table(rows)]
+    parts += ["<h2>Options</h2>", html_table(_options(results))]
     return "\n".join([HEAD.replace("<title>Training runs", f"<title>{TITLE}"), *parts, "</body></html>", ""])
 
 

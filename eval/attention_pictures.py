@@ -214,7 +214,7 @@ def plot_attention(weights, picture, *, grid, patch, prefix_tokens, query, title
             # Never less than 2 at the end of the scale: a map without any preference is then pale.
             values = (one[prefix_tokens:] * tokens).unflatten(0, grid).numpy()
             scale = ScalarMappable(Normalize(0, max(values.max(), 2)), "YlOrRd")
-            axes.imshow(_tint(picture, values, scale, patch))
+            axes.imshow(tint(picture, values, scale, patch))
             figure.colorbar(scale, ax=axes, fraction=0.046, pad=0.02).ax.tick_params(labelsize=7)
             if prefix_tokens:
                 axes.set_xlabel(f"class token: {one[:prefix_tokens].sum():.0%}", fontsize=8, labelpad=2)
@@ -226,7 +226,7 @@ def plot_attention(weights, picture, *, grid, patch, prefix_tokens, query, title
     figure.savefig(path, dpi=110)
 
 
-def _tint(picture, values, scale, patch):
+def tint(picture, values, scale, patch):
     """The grey ``picture`` (s, s, 3) multiplied by the colours of ``values`` a patch, so that it stays visible."""
     colours = np.where(values[..., None] > 0, scale.to_rgba(values)[..., :3], to_rgb(BLIND_COLOUR))
     colours = colours.repeat(patch, axis=0).repeat(patch, axis=1)

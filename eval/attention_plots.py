@@ -13,8 +13,8 @@ from PIL import Image
 
 from eval.attention_error import MAP_SIZE
 from eval.attention_measure import BASELINE
-from eval.attention_pictures import BLIND_COLOUR, _tint
-from eval.attention_speed import _spread
+from eval.attention_pictures import BLIND_COLOUR, tint
+from eval.attention_speed import spread_labels
 from eval.attention_tables import Results, describe_settings
 from eval.attention_train import summarise
 from eval.report_plots import DASHES, MARKERS
@@ -89,7 +89,7 @@ def _draw_lines(axes, lines, patches, styles):
         width = 2.6 if name == BASELINE else 1.4
         axes.plot(*zip(*line, strict=True), **styles[name], linewidth=width, markersize=4)
     times = [time for line in lines.values() for _, time in line]
-    heights = _spread({name: line[-1][1] for name, line in lines.items()}, (max(times) / min(times)) ** 0.034)
+    heights = spread_labels({name: line[-1][1] for name, line in lines.items()}, (max(times) / min(times)) ** 0.034)
     right = patches[-1] * max(patches[-1] / patches[0], 1.5) ** 0.06
     for name, height in heights.items():
         axes.annotate(
@@ -225,7 +225,7 @@ def _draw_map(left, right, picture, grid, values, scale):
     prefix, patch = len(values) - grid[0] * grid[1], MAP_SIZE // grid[0]
     row, column = grid[0] // 2, grid[1] // 2
     query = values[prefix + row * grid[1] + column, prefix:].reshape(grid)
-    left.imshow(_tint(picture, query, scale, patch))
+    left.imshow(tint(picture, query, scale, patch))
     corner = (column * patch - 0.5, row * patch - 0.5)
     left.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor="#0072B2", linewidth=2))
     colours = scale.to_rgba(np.maximum(values, 1e-9))[..., :3]

@@ -220,15 +220,15 @@ def _time_cell(row):
     if row is None or row["ms"] is None:
         return "–"
     ratio = f" ({_ratio(row)})" if row["ratio"] and row["method"] != "dense" else ""
-    return f"{_short(row['ms'])}{ratio}"
+    return f"{short(row['ms'])}{ratio}"
 
 
 def _cell(at, method, key):
     value = at[method][key] if method in at else None
-    return "–" if value is None else _short(value)
+    return "–" if value is None else short(value)
 
 
-def _short(number):
+def short(number):
     """Three digits, without an exponent."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}" if number >= 0.01 else f"{number:.4f}"
 
@@ -267,7 +267,7 @@ def plot(results, path):
             axes.plot(*points, marker="o", color=COLOURS[method], linewidth=width, markersize=4)
         # A twentieth of the axis, which both panels share.
         gap = (max(row["ms"] for row in rows) / min(row["ms"] for row in rows)) ** 0.055
-        for method, height in _spread({method: line[-1]["ms"] for method, line in lines.items()}, gap).items():
+        for method, height in spread_labels({method: line[-1]["ms"] for method, line in lines.items()}, gap).items():
             last = lines[method][-1]
             ours = method in OURS and last["ratio"]
             axes.annotate(
@@ -283,7 +283,7 @@ def plot(results, path):
     figure.savefig(path, dpi=110)
 
 
-def _spread(heights, gap):
+def spread_labels(heights, gap):
     """Heights of labels on a logarithmic axis, moved until each is ``gap`` times the next lower one."""
     names = sorted(heights, key=heights.get)
     placed = dict(heights)

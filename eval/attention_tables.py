@@ -4,7 +4,7 @@ import csv
 import io
 
 from eval.attention_measure import BASELINE
-from eval.attention_speed import _short, markdown_table
+from eval.attention_speed import markdown_table, short
 from eval.attention_train import summarise
 
 COMPARED = (784, 3136)  # patches; time grows fourfold where it is linear
@@ -73,7 +73,7 @@ def notes(results):
         row, base = found.row(name, found.large), found.row(BASELINE, found.large)
         if row["ratio"] and row["ratio"] < 1:
             work = f"{row['flops'] / base['flops']:.2g} times its FLOPs at {_rate(row)} GFLOP/s against {_rate(base)}"
-            memory = f", {_short(row['memory_mb'])} MB against {_short(base['memory_mb'])}" if row["memory_mb"] else ""
+            memory = f", {short(row['memory_mb'])} MB against {short(base['memory_mb'])}" if row["memory_mb"] else ""
             facts[name].append(f"slower than softmax at {found.large} patches: {work}{memory}")
         growth, more = found.growth(name), found.large / found.small
         if growth and growth > STEEP * more:
@@ -100,7 +100,7 @@ def _overview(found):
         at_small, at_large, growth = found.row(name, small), found.row(name, large), found.growth(name)
         cells = [f"{found.all['mechanisms'][name]['own_parameters']:,}", _gflop(at_small)]
         cells += [
-            f"{_short(row['ms'])} ({_speedup(row)})" if row["ms"] else row["skipped"] for row in (at_small, at_large)
+            f"{short(row['ms'])} ({_speedup(row)})" if row["ms"] else row["skipped"] for row in (at_small, at_large)
         ]
         cells += [f"{growth:.1f}" if growth else "–", _memory(at_large), _error(found.errors[name, patches])]
         rows.append([name, *cells])
@@ -117,7 +117,7 @@ def _time(row):
     if row["skipped"]:
         return row["skipped"]
     low, high = row["quartiles_ms"]
-    return f"{_short(row['ms'])} [{_short(low)}, {_short(high)}]"
+    return f"{short(row['ms'])} [{short(low)}, {short(high)}]"
 
 
 def _speedup(row):
@@ -125,11 +125,11 @@ def _speedup(row):
 
 
 def _memory(row):
-    return "–" if row["memory_mb"] is None else _short(row["memory_mb"])
+    return "–" if row["memory_mb"] is None else short(row["memory_mb"])
 
 
 def _gflop(row):
-    return _short(row["flops"] / 1e9)
+    return short(row["flops"] / 1e9)
 
 
 def _error(row):

@@ -106,7 +106,8 @@ def load_source(name, camera=None):
 def configure(kind, args, *, source=None, init="none", preset="cpu"):
     """The configuration of config/KIND/MODE.yaml with the command line's changes, for the encoder ``source`` if any.
 
-    preset: where the command line names none. Encoder, attention and size of the pictures are then those of ``source``, unless the command line says otherwise.
+    preset: where the command line names none. Encoder, attention and size of the pictures are those of ``source``,
+    unless the command line says otherwise.
     """
     overrides = [*args.overrides, f"{kind}/preset@_global_={args.preset or preset}"]
     overrides += [f"data={args.data}"] if args.data else []

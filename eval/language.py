@@ -25,14 +25,20 @@ from policy.sequence.stepping import way_of
 
 PROMPT = "The "
 COLUMNS = {
-    "bits a byte": lambda summary: f"{summary['bits_per_byte']:.3f}",
-    "perplexity": lambda summary: f"{summary['perplexity']:.2f}",
+    "bits a byte (least context)": lambda summary: _at_contexts(summary, "bits_per_byte", 3),
+    "perplexity": lambda summary: _at_contexts(summary, "perplexity", 2),
     "steps": lambda summary: f"{summary['steps']}",
     "parameters": lambda summary: f"{summary['parameters'] / 1e6:.2f} M",
     "training, minutes": lambda summary: f"{summary['training_minutes']:.1f}",
     "decoding keeps": lambda summary: summary["decoding"],
     "tokens a second": lambda summary: f"{summary['generated_per_second']:.0f}",
 }
+
+
+def _at_contexts(summary, key, digits):
+    """The values of ``key`` at the first and the last of the contexts."""
+    results = summary["contexts"]
+    return ", ".join(f"{result[key]:.{digits}f} ({result['context']})" for result in (results[0], results[-1]))
 
 
 def open_data(config, run_dir):

@@ -119,15 +119,15 @@ def _range(steps):
 def html_page(tasks, keys, left_out, *, command, base, home, max_video):
     """The page as text. base: folder that names are relative to; home: folder of the page, for links; max_video: bytes
     up to which a film is put in."""
-    parts = ["<h1>Training runs</h1>", f"<p class='note'><code>{escape(command)}</code></p>", _paragraph(NOTE)]
+    parts = ["<h1>Training runs</h1>", f"<p class='note'><code>{escape(command)}</code></p>", paragraph(NOTE)]
     for task, groups in tasks.items():
-        parts += [f"<h2>{escape(task)}</h2>", _table(group_table(groups))]
+        parts += [f"<h2>{escape(task)}</h2>", html_table(group_table(groups))]
         pictures = {"Score and success against steps": plot_scores(groups), "Losses against steps": plot_losses(groups)}
         caption = ": mean (thick, where all seeds have values), every seed (thin), 95 % interval (band)"
-        parts += [_picture(png, name + caption) for name, png in pictures.items() if png is not None]
+        parts += [picture_of(png, name + caption) for name, png in pictures.items() if png is not None]
         if keys[task]:
-            parts += ["<h3>What differs</h3>", _table(difference_table(groups, keys[task]))]
-        parts += ["<h3>Runs</h3>", _table(run_table(groups, base))]
+            parts += ["<h3>What differs</h3>", html_table(difference_table(groups, keys[task]))]
+        parts += ["<h3>Runs</h3>", html_table(run_table(groups, base))]
         films = [_film(group, base, home, max_video) + _reconstruction(group, base) for group in groups]
         if any(films):
             parts += ["<h3>The best run of every group</h3>", f"<div class='films'>{''.join(films)}</div>"]
@@ -153,11 +153,11 @@ def _markdown(rows):
     return markdown_table([[cell.replace("|", "\\|") for cell in row] for row in rows])
 
 
-def _paragraph(text):
+def paragraph(text):
     return f"<p class='note'>{escape(text)}</p>"
 
 
-def _table(rows):
+def html_table(rows):
     head, *body = rows
     lines = [_row(head, "th"), *(_row(row, "td") for row in body)]
     return f"<div class='wide'><table>{''.join(lines)}</table></div>"
@@ -167,7 +167,7 @@ def _row(cells, tag):
     return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
-def _picture(png, caption):
+def picture_of(png, caption):
     image = f"<img alt='{escape(caption)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
@@ -191,4 +191,4 @@ def _film(group, base, home, max_video):
 def _reconstruction(group, base):
     """The newest picture in reconstructions/ of the group's best run."""
     files = sorted((group.best_run.folder / "reconstructions").glob("*.png"), key=lambda file: file.stat().st_mtime_ns)
-    return _picture(files[-1].read_bytes(), f"{_label(group)}, {os.path.relpath(files[-1], base)}") if files else ""
+    return picture_of(files[-1].read_bytes(), f"{_label(group)}, {os.path.relpath(files[-1], base)}") if files else ""

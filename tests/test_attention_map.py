@@ -225,7 +225,7 @@ def test_a_tinted_picture_shows_the_image_the_weights_and_what_is_not_seen():
     picture[0, 0] = 0
     values = np.array([[1.0, 0.0], [0.5, 0.25]])
     scale = ScalarMappable(Normalize(0, 1), "YlOrRd")
-    tinted = attention_pictures._tint(picture, values, scale, 4)
+    tinted = attention_pictures.tint(picture, values, scale, 4)
     assert tinted.shape == (9, 9, 3) and (tinted[0, 0] == 0).all() and (tinted[8] == 1).all()
     assert np.allclose(tinted[3, 3], scale.to_rgba(1.0)[:3]) and np.allclose(tinted[4, 3], scale.to_rgba(0.5)[:3])
     assert np.allclose(tinted[0, 4:8], to_rgb(attention_pictures.BLIND_COLOUR))

@@ -363,7 +363,7 @@ def test_peak_memory_admits_that_it_does_not_know(monkeypatch):
 
 def test_labels_are_moved_apart_and_keep_their_order():
     heights = {"a": 100.0, "b": 101.0, "c": 99.0, "d": 10.0}
-    placed = attention_speed._spread(heights, 1.3)
+    placed = attention_speed.spread_labels(heights, 1.3)
     assert placed["d"] == 10.0 and sorted(placed, key=placed.get) == ["d", "c", "a", "b"]
     values = sorted(placed.values())
     assert all(high / low > 1.29 for low, high in zip(values, values[1:], strict=False))

@@ -77,6 +77,7 @@ class ScatterbrainAttention(PrefixedAttention):
 
         largest = torch.maximum(scores.amax(dim=-1, keepdim=True), q_log.amax(dim=-1, keepdim=True)).detach()
         q_features = (q_log - largest).exp()
-        far = q_features @ (k_features.mT @ v[:, :, prefix:])[:, :, None]
+        state = k_features.mT @ v[:, :, prefix:]  # (B, H, M, D), which broadcasting would copy for every window
+        far = (q_features.flatten(2, 3) @ state).unflatten(2, q_features.shape[2:4])
         estimate = F.pad(q_features @ windows.keys(k_features).mT, (prefix, 0))
         return far + ((scores - largest).exp() - estimate) @ windows.keys(v, prefix)
