@@ -29,7 +29,7 @@ from eval.command import check_types, command
 from eval.compose import locate_data  # and the resolvers of the configuration
 from eval.dagger import check_dagger, fit_with_corrections
 from eval.rollout import describe, rollout, write_results
-from eval.tracker import open_tracker
+from eval.tracker import record
 from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
 from policy.checkpoint import load_checkpoint, load_encoder_weights, load_model
 from policy.dataset.replay_buffer import open_zarr
@@ -139,9 +139,7 @@ def run(config, run_dir, resume=False):
     if is_policy and options["encoder"]["freeze"]:
         cache_features(model, [d for d in (train_data, val_data) if d], device=device)
     place_buffer(train_data.buffer, options["storage"], device)
-    if trainer.accelerator.is_main_process:
-        OmegaConf.save(OmegaConf.create(options), run_dir / "config.yaml")
-        trainer.tracker = open_tracker(options, run_dir)
+    record(trainer, options, run_dir)
     if is_policy:
         extend = partial(extend_dataset, train_data, config=options, policy=model, device=device)
         fit_with_corrections(trainer, options, run_dir, extend=extend)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from eval.classify_plots import plot_comparison, plot_confusion
 from eval.compose import ROOT, compose_at
 from eval.intervals import rate_interval
-from eval.tracker import open_tracker
+from eval.tracker import record
 from policy.build import build_model
 from policy.checkpoint import LAST, load_checkpoint, load_encoder, load_encoder_weights, load_weights
 from policy.trainer import Trainer, to_tensors, uses_cpu
@@ -155,9 +155,10 @@ def complete(config, data):
 
 
 def fit(config, train_data, test_data, *, run_dir, source=None, resume=False):
-    """Train what ``config`` describes in the folder ``run_dir`` with the one trainer; returns the trainer.
+    """Train what ``config`` describes in the folder ``run_dir`` with the one trainer; returns it and the test data.
 
-    source: an encoder whose weights to start from. A frozen encoder's features are computed once, before.
+    source: an encoder whose weights to start from. A frozen encoder's features are computed once, before; the test
+    data that are returned are then these.
     """
     torch.manual_seed(config["seed"])
     model = build_model(config)
@@ -183,12 +184,9 @@ def fit(config, train_data, test_data, *, run_dir, source=None, resume=False):
     )
     if resume:
         trainer.resume()
-    if trainer.accelerator.is_main_process:
-        OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
-        trainer.tracker = open_tracker(config, run_dir)
+    record(trainer, config, run_dir)
     trainer.fit()
-    trainer.test_data = test_data
-    return trainer
+    return trainer, test_data
 
 
 class CachedFeatures:
@@ -277,9 +275,9 @@ def describe(summary):
     return f"top-1 {summary['top1']:.1%} [{low:.1%}, {high:.1%}], {others}"
 
 
-def finish(trainer, config, run_dir, *, started, extra=None):
+def finish(trainer, test_data, config, run_dir, *, started, extra=None):
     """Test the EMA model of a finished run; writes summary.json and confusion.png, returns the summary."""
-    scores, labels = predict(trainer.ema.model, trainer.test_data, trainer.accelerator.device)
+    scores, labels = predict(trainer.ema.model, test_data, trainer.accelerator.device)
     summary = {
         "data": config["data"],
         "mode": config["mode"],

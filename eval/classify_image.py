@@ -70,21 +70,21 @@ def run(config, run_dir, *, source=None, resume=False):
     train_data, test_data = open_data(config)
     print(f"{config['data']}: {len(train_data)} training, {len(test_data)} test images, {config['image_size']} px")
     config = classify.complete(config, train_data)
-    trainer = classify.fit(config, train_data, test_data, run_dir=run_dir, source=source, resume=resume)
+    trainer, tested = classify.fit(config, train_data, test_data, run_dir=run_dir, source=source, resume=resume)
     if config["mode"] == "pretrain" or not trainer.accelerator.is_main_process:
         return None
-    summary = classify.finish(trainer, config, run_dir, started=started)
-    _draw_examples(trainer, test_data, config, run_dir / "examples.png")
+    summary = classify.finish(trainer, tested, config, run_dir, started=started)
+    _draw_examples(trainer, test_data, tested, config, run_dir / "examples.png")
     return summary
 
 
-def _draw_examples(trainer, test_data, config, path, count=32):
-    """What the trained model makes of ``count`` test images."""
+def _draw_examples(trainer, test_data, tested, config, path, count=32):
+    """What the trained model makes of ``count`` test images; tested: the same data, perhaps as cached features."""
     indices = np.linspace(0, len(test_data) - 1, min(count, len(test_data))).astype(int)
     images = test_data.batch(indices)
-    tested = to_tensors(trainer.test_data.batch(indices), trainer.accelerator.device)  # perhaps cached features
     with torch.no_grad():
-        predicted = trainer.ema.model.logits(tested).argmax(dim=1).cpu()
+        inputs = to_tensors(tested.batch(indices), trainer.accelerator.device)
+        predicted = trainer.ema.model.logits(inputs).argmax(dim=1).cpu()
     plot_examples(path, images["image"].numpy(), images["label"].numpy(), predicted.numpy(), config["classes"])
 
 

@@ -71,7 +71,7 @@ def run(config, run_dir, *, source=None, resume=False):
     size = f"{config['frames']} frames of {config['image_size']} px"
     print(f"{config['data']}: {len(train_data)} training, {len(test_data)} test clips, {size}")
     config = classify.complete(config, train_data)
-    trainer = classify.fit(config, train_data, test_data, run_dir=run_dir, source=source, resume=resume)
+    trainer, tested = classify.fit(config, train_data, test_data, run_dir=run_dir, source=source, resume=resume)
     if not trainer.accelerator.is_main_process:
         return None
     unreadable = {}
@@ -79,7 +79,7 @@ def run(config, run_dir, *, source=None, resume=False):
         unreadable |= getattr(data, "unreadable", {})
     if unreadable:
         print("\n".join(data.report_unreadable() for data in (train_data, test_data) if data.unreadable))
-    return classify.finish(trainer, config, run_dir, started=started, extra={"unreadable": unreadable})
+    return classify.finish(trainer, tested, config, run_dir, started=started, extra={"unreadable": unreadable})
 
 
 @command

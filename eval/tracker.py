@@ -1,6 +1,15 @@
-"""Experiment trackers: where the lines of metrics.jsonl also go."""
+"""What a run writes beside its checkpoints: its configuration, and lines for an experiment tracker."""
 
 from pathlib import Path
+
+from omegaconf import OmegaConf
+
+
+def record(trainer, config, run_dir):
+    """Write config.yaml into the run folder and open the tracker that ``config`` names, in the first process."""
+    if trainer.accelerator.is_main_process:
+        OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
+        trainer.tracker = open_tracker(config, run_dir)
 
 
 def open_tracker(options, run_dir):
