@@ -18,6 +18,7 @@ import torch
 
 from eval import sequence
 from eval.command import command
+from policy.checkpoint import load_model
 from policy.dataset.text import TokenWindows, text_parts
 from policy.dataset.tokens import learn_tokens, load_tokens
 from policy.sequence.language import surprise, window_starts
@@ -122,8 +123,8 @@ def run(config, data, run_dir, *, resume):
 
 def generate(args):
     """Print what a trained model makes of a prompt."""
-    model, config = sequence.load(args.checkpoint)
-    tokens = load_tokens(config["tokens"], args.checkpoint)
+    model = load_model(args.checkpoint)
+    tokens = load_tokens(model.config["tokens"], args.checkpoint)
     print(
         write_sample(model, tokens, args.generate, length=args.length, temperature=args.temperature, seed=args.seed)[0]
     )

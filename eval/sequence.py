@@ -9,9 +9,8 @@ from omegaconf import OmegaConf
 
 from eval.classify import stored
 from eval.compose import compose_at
-from eval.tracker import open_tracker
+from eval.tracker import record
 from policy.build import build_model
-from policy.checkpoint import find_checkpoint, load_checkpoint, load_weights
 from policy.curves import read_metrics
 from policy.trainer import Trainer
 
@@ -78,20 +77,10 @@ def fit(config, data, run_dir, *, resume):
     )
     if resume:
         trainer.resume()
-    OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
+    record(trainer, config, run_dir)
     data["tokens"].save(run_dir)
-    trainer.tracker = open_tracker(config, run_dir)
     trainer.fit()
     return trainer
-
-
-def load(run):
-    """(model with EMA weights in evaluation mode, its configuration) of a run folder or checkpoint."""
-    path = find_checkpoint(run)
-    tensors, config, _ = load_checkpoint(path, prefix="ema.")
-    model = build_model(config)
-    load_weights(model, tensors, str(path))
-    return model.eval(), config
 
 
 def describe(trainer, config):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from eval import sequence
 from eval.command import command
+from policy.checkpoint import load_model
 from policy.dataset.parallel import PairBatches, open_pairs, split_pairs
 from policy.dataset.tokens import learn_tokens, load_tokens
 from policy.sequence.search import check_beams
@@ -127,7 +128,8 @@ def run(config, data, run_dir, *, resume):
 
 def translate_line(args):
     """Print the translation of a sentence by a trained model."""
-    model, config = sequence.load(args.checkpoint)
+    model = load_model(args.checkpoint)
+    config = model.config
     tokens = load_tokens(config["tokens"], args.checkpoint)
     lengths = {key: config[key] for key in ("source_length", "target_length")}
     data = PairBatches([(args.translate.strip(), "")], tokens, **lengths)

@@ -118,9 +118,10 @@ def load_model(run_or_checkpoint, device="cpu"):
     """The model of a checkpoint with EMA weights, in evaluation mode; ``model.config`` is its configuration."""
     path = find_checkpoint(run_or_checkpoint)
     tensors, config, _ = load_checkpoint(path, prefix="ema.")
-    # Weights from elsewhere would be downloaded, only to be overwritten.
-    encoder = {key: value for key, value in config["encoder"].items() if key != "pretrained"}
-    model = build_model({**config, "encoder": encoder})
+    built = dict(config)
+    if "encoder" in config:  # weights from elsewhere would be downloaded, only to be overwritten
+        built["encoder"] = {key: value for key, value in config["encoder"].items() if key != "pretrained"}
+    model = build_model(built)
     load_weights(model, tensors, str(path))
     model.config = config
     return model.to(device).eval()

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import timm
+import tiny
 import torch
 from omegaconf import OmegaConf
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from policy.attention import ATTENTIONS, build_attention, list_attentions
 
@@ -205,19 +205,6 @@ def test_attention_dropout_acts_in_training_only_or_is_refused(name):
     assert (attention.out - plain.out).abs().max() > 1e-3
 
 
-class LargestTensor(TorchDispatchMode):
-    """Counts the elements of the largest tensor that any operation makes, its storage included."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel(), x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
 @every_attention
 def test_nothing_of_all_pairs_is_made(name):
     """Forward and backward at N = 784 with the options of the configuration, one head of width 4."""
@@ -225,7 +212,7 @@ def test_nothing_of_all_pairs_is_made(name):
     options = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml")) | small
     geometry = {"num_patches": 784, "grid": (28, 28), "layer": 0, "depth": 1, "prefix_tokens": 1}
     attention = build_attention(options.pop("name"), dim=4, num_heads=1, **geometry, **options)
-    with LargestTensor() as largest:
+    with tiny.LargestTensor() as largest:
         attention(torch.randn(1, 785, 4, requires_grad=True)).sum().backward()
     assert largest.numel >= 785 * 4
     if name == "ra":

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from policy.attention.causal_eva import CausalEVAAttention
 from policy.attention.eva import EVAAttention
@@ -519,19 +519,6 @@ def test_dropout_of_the_weights(name):
         assert 0.35 < lost < 0.65
 
 
-class Sizes(TorchDispatchMode):
-    """Records the largest tensor that any operation makes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.numel())
-        return out
-
-
 @pytest.mark.parametrize("name", ["eva", "eva of a sequence", "causal_eva"])
 def test_nothing_of_all_pairs_is_made(name):
     tokens = 784
@@ -540,9 +527,9 @@ def test_nothing_of_all_pairs_is_made(name):
     else:
         module = eva((28, 28), 0, attn_2d=name == "eva", overlap=True, use_t5_rpe=True)
     x = torch.randn(1, tokens, HEADS * WIDTH, dtype=torch.float64, requires_grad=True)
-    with Sizes() as sizes:
+    with tiny.LargestTensor() as sizes:
         module(x).sum().backward()
-    assert tokens * HEADS * WIDTH < sizes.largest < tokens**2 / 2
+    assert tokens * HEADS * WIDTH < sizes.numel < tokens**2 / 2
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -3,8 +3,8 @@
 import math
 
 import pytest
+import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from policy.attention.linformer import LinformerAttention
 from policy.attention.nystromformer import NystromformerAttention, pseudo_inverse
@@ -146,18 +146,6 @@ def test_half_precision_under_autocast(build):
     torch.testing.assert_close(single.float(), expected, rtol=0, atol=0.03 * expected.abs().max().item())
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that comes out of any operation."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tensors = out if isinstance(out, tuple | list) else [out]
-        self.elements = max([self.elements, *(x.numel() for x in tensors if isinstance(x, torch.Tensor))])
-        return out
-
-
 @pytest.mark.parametrize(
     ("build", "causal"), [(linformer, False), (nystromformer, False), (performer, False), (performer, True)]
 )
@@ -165,9 +153,9 @@ def test_no_tensor_has_a_number_for_every_pair(build, causal):
     tokens = 784
     attention = build(patches=tokens, prefix=0)
     inputs = [x.requires_grad_() for x in qkv(tokens, batch=1)]
-    with Largest() as largest:
+    with tiny.LargestTensor() as largest:
         attention.attend(*inputs, is_causal=causal).square().sum().backward()
-    assert 0 < largest.elements < tokens**2 / 4
+    assert 0 < largest.numel < tokens**2 / 4
 
 
 @pytest.mark.parametrize(

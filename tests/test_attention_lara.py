@@ -4,11 +4,10 @@ import itertools
 import math
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from policy.attention.lara import LinearRandomizedAttention, log_densities, log_importance
 from policy.attention.lara_proposals import Proposals, draw, pool
@@ -583,28 +582,15 @@ def test_bfloat16_and_no_look_at_values(make):
         assert attention.train()(x, key_padding_mask=torch.zeros(2, 17, dtype=torch.bool)).shape == x.shape
 
 
-class Sizes(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("options", [{}, {"sampling": "antithetics", "mix": "vmixed"}, {"proposal": "adaptive_1d"}])
 def test_nothing_is_of_the_size_of_all_pairs(options):
     attention = lara(grid=(28, 28), num_landmarks=49, train=True, **options).float()
     x = numbers(1, 785, 12, dtype=torch.float32).requires_grad_()
     padding = torch.zeros(1, 785, dtype=torch.bool)
     for mask in (None, padding):
-        with Sizes() as sizes:
+        with tiny.LargestTensor() as sizes:
             attention(x, key_padding_mask=mask).sum().backward()
-        assert 49 * 784 <= sizes.largest < 784 * 784 / 2
-    with Sizes() as sizes:
+        assert 49 * 784 <= sizes.numel < 784 * 784 / 2
+    with tiny.LargestTensor() as sizes:
         ra().float()(x)
-    assert sizes.largest >= 784 * 784, "the count sees nothing"
+    assert sizes.numel >= 784 * 784, "the count sees nothing"

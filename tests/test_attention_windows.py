@@ -3,8 +3,8 @@
 import math
 
 import pytest
+import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from policy.attention.bigbird import BigBirdAttention, draw_outside
 from policy.attention.hybrid import HybridAttention, linear_attention
@@ -527,17 +527,6 @@ def test_compiles_in_one_piece(name):
     torch.testing.assert_close(compiled(x, key_padding_mask=padding), attention(x, key_padding_mask=padding))
 
 
-class LargestTensor(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel(), x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", CLASSES)
 def test_memory_is_linear(name, padded):
@@ -548,10 +537,10 @@ def test_memory_is_linear(name, padded):
     options = {**SMALL[name], **({"dilations": (2,)} if name == "hybrid" else {})}
     attention = CLASSES[name](dim=4, num_heads=1, num_patches=784, prefix_tokens=1, **own, **options)
     padding = (torch.arange(785) > 700)[None] if padded else None
-    with LargestTensor() as largest:
+    with tiny.LargestTensor() as largest:
         attention(torch.randn(1, 785, 4, requires_grad=True), key_padding_mask=padding).sum().backward()
     assert 785 * 4 < largest.numel < 784**2 // 10
-    with LargestTensor() as largest:
+    with tiny.LargestTensor() as largest:
         attention.attention_map(torch.randn(1, 785, 4))
     assert largest.numel >= 785**2, "the largest tensor is not seen"
 

@@ -16,6 +16,7 @@ from eval import language, sequence
 from eval.compose import compose_at
 from policy.attention import ATTENTIONS, build_attention
 from policy.build import build_model
+from policy.checkpoint import load_model
 from policy.dataset.text import TokenWindows, embedded_text, read_text, text_parts
 from policy.dataset.tokens import ByteTokens, learn_tokens, load_tokens
 from policy.sequence.blocks import Blocks
@@ -372,7 +373,8 @@ def test_the_command_learns_and_writes_everything(trained, text):
     assert found["bits_per_byte"] == found["contexts"][1]["bits_per_byte"]
     assert Image.open(trained / "curves.png").size[0] > 100
     assert (trained / "sample.txt").read_text().startswith(language.PROMPT)
-    net, config = sequence.load(trained)
+    net = load_model(trained)
+    config = net.config
     assert config["model"]["vocabulary"] == found["vocabulary"] and not net.training
     data = language.open_data(config, trained)
     assert language.measure(net, data, config, "cpu") == found["contexts"]
@@ -402,7 +404,7 @@ def test_a_stopped_run_goes_on(text, tmp_path):
     )  # fmt: skip
     trainer.fit(stop_at=3)
     run("--resume", half)
-    weights = [sequence.load(folder)[0].state_dict() for folder in (whole, half)]
+    weights = [load_model(folder).state_dict() for folder in (whole, half)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert summary(half)["contexts"] == summary(whole)["contexts"]
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from eval import sequence, translate
+from eval import translate
 from eval.compose import compose_at
 from policy.attention import list_attentions
 from policy.build import build_model
+from policy.checkpoint import load_model
 from policy.dataset.german import CASES, DEFINITE, INDEFINITE, NOUNS, contract, english_number, german_number
 from policy.dataset.instructions import Deed, Thing, make_pairs
 from policy.dataset.parallel import PairBatches, open_pairs, read_pairs, split_pairs
@@ -415,7 +416,8 @@ def learned(tmp_path_factory):
 
 def test_learning_by_heart(learned):
     """What it was trained on comes out again, word by word."""
-    net, config = sequence.load(learned)
+    net = load_model(learned)
+    config = net.config
     data = translate.open_data(config, learned)
     options = {"beams": 4, "length_penalty": 1.0, "device": "cpu"}
     translations = translate.translate(net, data["train"], data["tokens"], **options)

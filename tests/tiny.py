@@ -3,7 +3,9 @@
 import copy
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from policy.build import build_model
 from policy.dataset import ReplayBuffer, WindowDataset
@@ -136,3 +138,16 @@ def window_data(config, buffer, episodes=None):
 def training_options(**changes):
     """The ``training`` section as train.py hands it over."""
     return OmegaConf.create({**TRAINING, **changes})
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation makes, its storage included."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel(), x.untyped_storage().nbytes() // x.element_size())
+        return out
