@@ -9,7 +9,6 @@ A mechanism is a file config/attention/NAME.yaml. Writes results.json, .csv and 
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -22,10 +21,11 @@ from eval.attention_page import html_page
 from eval.attention_plots import plot_latency, plot_maps, plot_tradeoff, plot_training
 from eval.attention_speed import DIRECTIONS
 from eval.attention_tables import COMPARED, csv_text, markdown
-from eval.attention_train import train
+from eval.attention_train import FIRST_SEED, configure, train
 from eval.classify_image import PRESETS
 from eval.command import command
 from eval.machine import check_positive, choose_device, describe_machine, fix_allocation
+from eval.tracker import write_whole
 
 PATCHES = [64, 196, 400, 784, 1568, 3136, 6272]
 QUICK = [64, 196, 784, 3136]
@@ -46,6 +46,7 @@ def main(argv=None):
     device = choose_device(args.device)
     fix_allocation()
     configs = read_configs(args.attention)
+    changes = _training_changes(args, next(iter(configs)))
     settings = {
         "patches": sorted(set(args.patches or (QUICK if args.quick else PATCHES))),
         "directions": list(DIRECTIONS[:1] if args.quick else DIRECTIONS),
@@ -68,10 +69,23 @@ def main(argv=None):
     maps = measure_maps(configs, **MAP)
     write(results, maps, args.output)
     if args.train:  # hours, before which the rest should be safe
-        changes = {key: getattr(args, key) for key in ("seeds", "data", "preset", "epochs", "overrides")}
-        results["training"] = train(list(configs), args.output / "training", **changes)
+        results["training"] = train(list(configs), args.output / "training", seeds=args.seeds, **changes)
         write(results, maps, args.output)
     print(f"{markdown(results)}\nwrote {args.output}/index.html and what it shows")
+
+
+def _training_changes(args, name):
+    """What the options change of the training, checked with the mechanism ``name``; ValueError without --train."""
+    changes = {key: getattr(args, key) for key in ("data", "preset", "epochs", "overrides")}
+    if args.train:
+        fixed = [change for change in args.overrides if change.split("=", 1)[0] in ("seed", "attention", "device")]
+        if fixed:
+            raise ValueError(f"--overrides: got {fixed[0]}, allowed: what --seeds, --attention and --device do not say")
+        changes["overrides"] = [f"device={args.device}", *args.overrides]
+        configure(name, FIRST_SEED, **changes)  # what is wrong is said before minutes of measuring
+    elif args.seeds != 1 or any(changes.values()):
+        raise ValueError("--seeds, --data, --preset, --epochs, --overrides: got one, allowed with --train alone")
+    return changes
 
 
 def write(results, maps, folder):
@@ -85,16 +99,14 @@ def write(results, maps, folder):
     pictures = {name: png for name, png in pictures.items() if png is not None}
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        "results.json": json.dumps(results, indent=1).encode(),
-        "results.csv": csv_text(results).encode(),
-        "results.md": markdown(results).encode(),
+        "results.json": json.dumps(results, indent=1),
+        "results.csv": csv_text(results),
+        "results.md": markdown(results),
         **pictures,
-        "index.html": html_page(results, pictures).encode(),
+        "index.html": html_page(results, pictures),
     }
     for name, content in files.items():
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+        write_whole(folder / name, content)
 
 
 def _parser():
@@ -105,7 +117,11 @@ def _parser():
     parser.add_argument("--attention", nargs="+", default=[], metavar="NAME", help=names)
     parser.add_argument("--quick", action="store_true", help=f"forward only, N of {QUICK}, few repetitions")
     parser.add_argument(
-        "--patches", type=int, nargs="+", metavar="N", help=f"default {PATCHES}; the first is never left out"
+        "--patches",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"default {PATCHES}; the least is never left out",
     )
     parser.add_argument("--dim", type=int, default=768, help="width of the layer, default 768")
     parser.add_argument("--heads", type=int, default=12, help="default 12")

@@ -19,7 +19,7 @@ ENCODER = ROOT / "pretrained" / "pusht_encoder.safetensors"
 SIZES = (96, 224, 448)  # px; the encoder's own is 96
 MAP_SIZE = 224  # px, whose patterns are neither coarse nor finer than a picture's pixels
 FIRST_SEED = 100_003  # Push-T: the block is off its target there
-CAUSAL = ("causal_eva",)  # never looks ahead, and so is measured against causal softmax attention
+CAUSAL = ("causal_eva",)  # mechanisms that never look ahead, and so are measured against causal softmax attention
 SEEDS = range(5)
 
 
@@ -78,7 +78,7 @@ def measure_errors(configs, *, images):
             encoder = encoder_at(size)
             inputs = attention_inputs(encoder, scenes(size, images).float() / 127.5 - 1)
             for name, options in configs.items():
-                errors = _seed_errors(name, options, encoder, inputs)
+                errors = _seed_errors(options, encoder, inputs)
                 means = [statistics.mean(layers) for layers in errors]
                 rows.append(
                     {
@@ -88,7 +88,7 @@ def measure_errors(configs, *, images):
                         "error": statistics.mean(means),
                         "std": statistics.stdev(means),
                         "layers": [statistics.mean(layer) for layer in zip(*errors, strict=True)],
-                        "causal": name in CAUSAL,
+                        "causal": options["name"] in CAUSAL,
                         "trainable": bool(own_parameters(build(options, **geometry_of(encoder, 0)))),
                     }
                 )
@@ -96,24 +96,24 @@ def measure_errors(configs, *, images):
     return rows
 
 
-def _seed_errors(name, options, encoder, inputs):
+def _seed_errors(options, encoder, inputs):
     """Errors of each layer for each of SEEDS, or for two of them that agree, where nothing is random."""
     errors = []
     for seed in SEEDS:
-        errors.append(_layer_errors(name, options, encoder, inputs, seed))
+        errors.append(_layer_errors(options, encoder, inputs, seed))
         if len(errors) == 2 and errors[0] == errors[1]:
             break
     return errors
 
 
 @torch.no_grad()
-def _layer_errors(name, options, encoder, inputs, seed):
+def _layer_errors(options, encoder, inputs, seed):
     """Error of one mechanism in each layer of ``encoder``, whose attention gets ``inputs``."""
     errors = []
     for layer, x in enumerate(inputs):
         q, k, v = encoder.vit.blocks[layer].attn.split(x)
         out = build(options, seed=seed, **geometry_of(encoder, layer)).attend(q, k, v)
-        expected = F.scaled_dot_product_attention(q, k, v, is_causal=name in CAUSAL)
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=options["name"] in CAUSAL)
         errors.append(relative_error(out, expected))
     return errors
 
@@ -130,7 +130,7 @@ def measure_maps(configs, *, layer, head):
     encoder = encoder_at(MAP_SIZE)
     scene = scenes(MAP_SIZE, 1)
     x = attention_inputs(encoder, scene.float() / 127.5 - 1)[layer]
-    shared = {name: tensor for name, tensor in encoder.vit.blocks[layer].attn.state_dict().items() if name != "table"}
+    shared = encoder.vit.blocks[layer].attn.state_dict()
     maps = {}
     for name, options in configs.items():
         module = build(options, **geometry_of(encoder, layer))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from eval.attention_flops import attention_flops
 from eval.command import CONFIG
-from eval.machine import free_memory, interleaved_times, peak_memory
+from eval.machine import free_memory, interleaved_times, peak_memory, timed
 from policy.attention import build_attention
 from policy.registry import lookup
 
@@ -111,25 +111,27 @@ def measure(configs, *, patches, directions, dim, heads, batch, seconds, limit, 
 def layer_inputs(batch, tokens, dim, heads, device):
     """q, k, v (B, H, T, D) and a gradient of the output, lying in memory as qkv and proj leave and take them."""
     generator = torch.Generator().manual_seed(0)
-    packed = torch.randn(batch, tokens, 4, heads, dim // heads, generator=generator).to(device)
-    return packed.permute(2, 0, 3, 1, 4).unbind(0)
+    packed = torch.randn(batch, tokens, 3, heads, dim // heads, generator=generator).to(device)
+    d_out = torch.randn(batch, tokens, heads, dim // heads, generator=generator).to(device)
+    return *packed.permute(2, 0, 3, 1, 4).unbind(0), d_out.transpose(1, 2)
 
 
 def make_call(module, direction, inputs):
     """A function that attends once; forward+backward is in training mode, with the gradients of own parameters."""
     q, k, v, d_out = inputs
+    module.train(direction != "forward")
     if direction == "forward":
 
         @torch.inference_mode()
         def call():
-            return module.eval().attend(q, k, v)
+            return module.attend(q, k, v)
 
         return call
     wanted = [x.detach().requires_grad_() for x in (q, k, v)]
     own = own_parameters(module)
 
     def call():
-        return torch.autograd.grad(module.train().attend(*wanted), [*wanted, *own], d_out, allow_unused=True)
+        return torch.autograd.grad(module.attend(*wanted), [*wanted, *own], d_out, allow_unused=True)
 
     return call
 
@@ -159,28 +161,25 @@ def own_time(device):
 
 def call_times(calls, *, seconds, device):
     """{name: [seconds of each call]} of ``calls`` {name: function}, in turns; about ``seconds`` in all."""
-    if not own_time(device):
-        return interleaved_times(calls, seconds=seconds, device=device)
-    times = {name: [] for name in calls}
-    interleaved_times({name: _clocked(calls[name], times[name]) for name in calls}, seconds=seconds, device=device)
-    return {name: values[1:] for name, values in times.items()}  # the first one was an estimate
+    clock = processor_time if own_time(device) else timed
+    return interleaved_times(calls, seconds=seconds, device=device, clock=clock)
 
 
-def _clocked(call, times):
-    """``call``, which appends its seconds of processor time to ``times``."""
-
-    def run():
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-
-    return run
+def processor_time(call, _device):
+    """Seconds of processor time of one ``call``."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def _run(calls, skipped, seconds, device):
     """{name: numbers of its row} of ``calls`` {name: function} and of those ``skipped`` {name: reason}."""
-    for call in calls.values():
-        call()  # compiles and warms up
+    for name, call in list(calls.items()):
+        try:
+            call()  # compiles and warms up
+        except RuntimeError as error:  # out of memory: the others go on
+            skipped[name] = f"failed: {' '.join(str(error).split())[:80]}"
+            del calls[name]
     numbers = {}
     for name, times in call_times(calls, seconds=seconds, device=device).items():
         low, middle, high = (1e3 * value for value in statistics.quantiles(times, n=4, method="inclusive"))

@@ -117,7 +117,7 @@ def _draw_lines(axes, lines, patches, styles):
 def plot_tradeoff(results):
     """Error to softmax attention against time and against FLOPs of one call, a point a mechanism."""
     found = Results(results)
-    patches = found.error_patches[-1]
+    patches = min(found.error_patches, key=lambda count: abs(count - found.small))
     points = {name: (found.row(name, found.small), found.errors[name, patches]["error"]) for name in found.names}
     highest = max(height for _, height in points.values())
     # An error of 4 would press all others together; one of 0 has no logarithm. symlog is linear up to 2.
@@ -200,8 +200,8 @@ def plot_maps(picture, grid, maps, *, layer, head):
     rows = -(-len(maps) // ACROSS)
     figure = Figure(figsize=(4.2 * ACROSS, 2.5 * rows + 1.1), layout="constrained")
     figure.suptitle(
-        f"Head {head + 1} of layer {layer} of the shipped encoder under each mechanism, class token and {grid[0]} x "
-        f"{grid[1]} patches. Left: weights of the marked query; right: of all queries (rows) on all keys\n"
+        f"Head {head} of layer {layer} (from 0) of the shipped encoder under each mechanism, class token and "
+        f"{grid[0]} x {grid[1]} patches. Left: weights of the marked query; right: of all queries (rows) on all keys\n"
         "1 = as much as if all keys got the same; grey: none at all; blue: negative",
         fontsize=11,
     )

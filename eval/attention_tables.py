@@ -172,7 +172,7 @@ def describe_settings(results):
     machine, settings = results["machine"], results["settings"]
     where = f"{machine['name']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, float32"
     sizes = f"{settings['heads']} heads of width {settings['dim'] // settings['heads']}, batch {settings['batch']}"
-    clock = "Processor time, which other programs do not lengthen" if settings["own_time"] else "Time on the clock"
+    clock = "Processor time, waiting for a core not counted" if settings["own_time"] else "Time on the clock"
     return f"{where}, commit {machine['commit'] or 'unknown'}. {sizes}, one class token and N patches. {clock}."
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from eval.classify_plots import plot_comparison, plot_confusion
 from eval.compose import ROOT, compose_at
 from eval.intervals import rate_interval
-from eval.tracker import record
+from eval.tracker import record, write_whole
 from policy.build import build_model
 from policy.checkpoint import LAST, load_checkpoint, load_encoder, load_encoder_weights, load_weights
 from policy.trainer import Trainer, to_tensors, uses_cpu
@@ -114,15 +114,18 @@ def configure(kind, args, *, source=None, init="none", preset="cpu"):
     config = compose_at(f"{kind}/{args.mode}", overrides)
     if source is None:
         return config
-    changed = [change.split("=", 1)[0] for change in args.overrides]
+    changed = [change.split("=", 1)[0].lstrip("+") for change in args.overrides]
+    if "encoder" in changed:
+        raise ValueError("encoder: got another one, allowed with --encoder: its options, encoder.KEY=VALUE")
     composed = config["encoder"]
     config["encoder"] = {key: value for key, value in source.config["encoder"].items() if key != "pretrained"}
     for key in changed:
         if key.startswith("encoder."):
             config["encoder"][key.removeprefix("encoder.")] = composed[key.removeprefix("encoder.")]
     config["encoder"] |= {"init": init, "freeze": args.mode == "probe"}
-    if not any(key.split(".")[0] == "attention" for key in changed):
-        config["attention"] = source.config["attention"]
+    if "attention" not in changed:
+        names = [key.removeprefix("attention.") for key in changed if key.startswith("attention.")]
+        config["attention"] = source.config["attention"] | {name: config["attention"][name] for name in names}
     if "image_size" not in changed:
         config["image_size"] = image_size_of(source)
     return config
@@ -286,11 +289,11 @@ def finish(trainer, test_data, config, run_dir, *, started, extra=None):
         "image_size": config["image_size"],
         "parameters": sum(p.numel() for p in trainer.raw_model.parameters()),
         "train_samples": len(trainer.train_data),
-        "minutes": round((time.monotonic() - started) / 60, 2),
+        "minutes": round((time.monotonic() - started) / 60, 2),  # since the start, or since it was resumed
         **summarise(scores, labels, config["classes"]),
         **(extra or {}),
     }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
     plot_confusion(run_dir / "confusion.png", np.array(summary["confusion"]), config["classes"])
     print(f"{config['data']}, {config['mode']}: {describe(summary)}\nresults: {run_dir}")
     return summary

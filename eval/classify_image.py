@@ -50,7 +50,10 @@ def configure(args, *, source=None, init="none"):
     config = classify.configure("image", args, source=source, init=init)
     data = config["data"]
     if data in config["embedded"] and args.mode == "scratch":  # another network than photographs need
+        chosen = config["encoder"]
         config = classify.configure("image", args, preset="pusht")
+        if any(change.split("=", 1)[0] == "encoder" for change in args.overrides):
+            config["encoder"] = chosen  # the preset's sizes are those of its own ViT
     if config["mode"] == "pretrain":
         classify.refuse_changes(args, ["recipe"], "mode pretrain has no labels")
         del config["recipe"]

@@ -18,6 +18,7 @@ import torch
 
 from eval import sequence
 from eval.command import command
+from eval.tracker import write_whole
 from policy.checkpoint import load_model
 from policy.dataset.text import TokenWindows, text_parts
 from policy.dataset.tokens import learn_tokens, load_tokens
@@ -47,6 +48,8 @@ def open_data(config, run_dir):
 
     "train" and "valid" are windows for the trainer, "test" (n,) token numbers.
     """
+    if not config["contexts"] or not all(isinstance(context, int) for context in config["contexts"]):
+        raise ValueError(f"contexts: got {config['contexts']}, allowed: whole numbers, at least one")
     texts = text_parts(config["text"])
     if run_dir is None:
         tokens = learn_tokens(config["tokens"], [texts["train"]], size=config["vocabulary"])
@@ -99,7 +102,7 @@ def run(config, data, run_dir, *, resume):
     model = trainer.ema.model.eval()
     results = measure(model, data, config, trainer.accelerator.device)
     text, rate = write_sample(model, data["tokens"], PROMPT, length=config["context"] * 2, temperature=0.8, seed=0)
-    sequence.write(run_dir / "sample.txt", text)
+    write_whole(run_dir / "sample.txt", text)
     summary = {
         **sequence.describe(trainer, config),
         "text": config["text"] or "embedded",
@@ -111,7 +114,7 @@ def run(config, data, run_dir, *, resume):
         "training_minutes": (trained - started) / 60,
         "minutes": (time.monotonic() - started) / 60,
     }
-    sequence.write(run_dir / "summary.json", json.dumps(summary, indent=1))
+    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
     for result in results:
         print(
             f"context >= {result['context']}: {result['bits_per_byte']:.3f} bits a byte,"
@@ -124,6 +127,7 @@ def run(config, data, run_dir, *, resume):
 def generate(args):
     """Print what a trained model makes of a prompt."""
     model = load_model(args.checkpoint)
+    sequence.check_kind(model.config, "language", args.checkpoint)
     tokens = load_tokens(model.config["tokens"], args.checkpoint)
     print(
         write_sample(model, tokens, args.generate, length=args.length, temperature=args.temperature, seed=args.seed)[0]
@@ -147,7 +151,7 @@ def main(arguments=None):
     if args.generate is not None:
         generate(args)
         return
-    overrides = [f"text={args.text}"] if args.text else []
+    overrides = [sequence.quoted("text", args.text)] if args.text else []
     sequence.main(args, kind="language", overrides=overrides, open_data=open_data, run=run, columns=COLUMNS)
 
 

@@ -122,14 +122,16 @@ def timed(call, device):
     return time.perf_counter() - start
 
 
-def interleaved_times(calls, *, seconds, device):
+def interleaved_times(calls, *, seconds, device, clock=timed):
     """{name: [seconds of each call]} of the warmed-up ``calls`` {name: function}, about ``seconds`` in all.
+
+    clock(call, device): seconds of one call.
 
     In every round each of them has a turn, in an order drawn anew, so that a drift of the machine hits all alike. A
     turn is a burst of calls whose first one, which pays for what the others left in the caches, does not count; slow
     calls have neither bursts nor a turn in every round.
     """
-    estimates = {name: timed(call, device) for name, call in calls.items()}
+    estimates = {name: clock(call, device) for name, call in calls.items()}
     turn = seconds / MIN_ROUNDS / len(calls) if calls else 0
     bursts = {name: min(max(int(turn / estimate), 1), MAX_BURST) for name, estimate in estimates.items()}
     slow = [name for name, estimate in estimates.items() if estimate > SLOW]
@@ -143,7 +145,7 @@ def interleaved_times(calls, *, seconds, device):
         generator.shuffle(order)
         for name in order:
             if (number + 1) * turns[name] // rounds > number * turns[name] // rounds:  # spread over the rounds
-                burst = [timed(calls[name], device) for _ in range(bursts[name])]
+                burst = [clock(calls[name], device) for _ in range(bursts[name])]
                 times[name] += burst[1:] or burst
     return times
 

@@ -17,6 +17,7 @@ from eval.command import command
 from eval.report_groups import group_runs, summarize_group
 from eval.report_page import html_page, markdown_page
 from eval.report_runs import read_runs
+from eval.tracker import write_whole
 
 
 def report(paths, output, *, max_video=8e6, command="python -m eval.report"):
@@ -34,9 +35,9 @@ def report(paths, output, *, max_video=8e6, command="python -m eval.report"):
     told = {"command": command, "base": base}
     home.mkdir(parents=True, exist_ok=True)
     page = html_page(tasks, keys, left_out, home=home, max_video=max_video, **told)
-    _write(output, page)
-    _write(output.with_suffix(".md"), markdown_page(tasks, keys, left_out, **told))
-    _write(output.with_suffix(".json"), json.dumps(as_json(tasks, keys, left_out, **told), indent=1))
+    write_whole(output, page)
+    write_whole(output.with_suffix(".md"), markdown_page(tasks, keys, left_out, **told))
+    write_whole(output.with_suffix(".json"), json.dumps(as_json(tasks, keys, left_out, **told), indent=1))
     return len(runs), left_out
 
 
@@ -55,13 +56,6 @@ def as_json(tasks, keys, left_out, *, command, base):
 
     groups = {task: [numbers(group, keys[task]) for group in members] for task, members in tasks.items()}
     return {"command": command, "tasks": groups, "left_out": left_out}
-
-
-def _write(path, text):
-    """A page that a browser has open is never half a page."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 @command

@@ -1,6 +1,7 @@
 """What the language and the translation command share: arguments, training, a table of several mechanisms."""
 
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from omegaconf import OmegaConf
 
 from eval.classify import stored
 from eval.compose import compose_at
-from eval.tracker import record
+from eval.tracker import record, write_whole
 from policy.build import build_model
 from policy.curves import read_metrics
 from policy.trainer import Trainer
@@ -22,7 +23,7 @@ def add_arguments(parser):
     )
     parser.add_argument("--preset", choices=("cpu", "paper"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder of the results (default: below runs/)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, that alone")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
 
 
@@ -42,8 +43,13 @@ def main(args, *, kind, overrides, open_data, run, columns):
     overrides: more of the command line's; open_data(config, run_dir) -> data, run_dir being None for a new run;
     run(config, data, run_dir, resume) -> summary; columns: {heading: function summary -> text} of the table.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"processes: got {os.environ['WORLD_SIZE']}, allowed with this command: 1")
     if args.resume:
+        if args.overrides or args.attention or args.output or overrides:
+            raise ValueError("--resume: got other options, too, allowed: none, a resumed run keeps its own")
         config = stored(args.resume)
+        check_kind(config, kind, args.resume)
         run(config, open_data(config, args.resume), args.resume, resume=True)
         return
     changes = [*args.overrides, *overrides, f"{kind}/preset@_global_={args.preset}"]
@@ -55,11 +61,26 @@ def main(args, *, kind, overrides, open_data, run, columns):
         build_model(config)
     output = args.output or Path("runs") / kind / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     folders = [output / name if len(names) > 1 else output for name in names]
+    for folder in folders:
+        if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
+            raise ValueError(f"--output: got {folder}, which holds a run, allowed: a new folder, or --resume {folder}")
     summaries = {}
     for config, folder in zip(configs, folders, strict=True):
         summaries[folder.name] = run(config, data, folder, resume=False)
     if len(names) > 1:
         compare(summaries, output, columns)
+
+
+def check_kind(config, kind, path):
+    """Raise ValueError where the run at ``path`` is of another model than ``kind``."""
+    if config["model"]["name"] != kind:
+        raise ValueError(f"{path}: got a {config['model']['name']!r} run, allowed: a {kind!r} run")
+
+
+def quoted(key, path):
+    """The override that sets ``key`` to a path, whatever characters it has."""
+    text = str(path).replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"{key}='{text}'"
 
 
 def fit(config, data, run_dir, *, resume):
@@ -96,16 +117,9 @@ def describe(trainer, config):
     }
 
 
-def write(path, text):
-    """Write a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def compare(summaries, output, columns):
     """Write comparison.json and comparison.png of several {name: summary}, and print them as a Markdown table."""
-    write(output / "comparison.json", json.dumps(summaries, indent=1))
+    write_whole(output / "comparison.json", json.dumps(summaries, indent=1))
     print("| attention |" + "".join(f" {heading} |" for heading in columns))
     print("|---|" + "---|" * len(columns))
     for name, summary in summaries.items():

@@ -1,8 +1,16 @@
 """What a run writes beside its checkpoints: its configuration, and lines for an experiment tracker."""
 
+import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
+
+
+def write_whole(path, content):
+    """Write a file of text or bytes whole or not at all: what reads it never finds half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
 
 
 def record(trainer, config, run_dir):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from eval import sequence
 from eval.command import command
+from eval.tracker import write_whole
 from policy.checkpoint import load_model
 from policy.dataset.parallel import PairBatches, open_pairs, split_pairs
 from policy.dataset.tokens import learn_tokens, load_tokens
@@ -40,8 +41,11 @@ def open_data(config, run_dir):
     """{"tokens", "train", "valid", "test"} of the pairs that ``config`` names; run_dir: a run whose tokens to take."""
     _metrics()  # what is missing or impossible is said before the training
     check_beams(config["beams"])
+    if not 0 <= config["length_penalty"] <= 10:
+        raise ValueError(f"length_penalty: got {config['length_penalty']}, allowed: 0 to 10")
     pairs = open_pairs(config["source"], config["target"], count=config["pairs"], seed=config["seed"])
     parts = split_pairs(pairs, held_out=config["held_out"], seed=config["seed"])
+    print(f"{len(pairs) - sum(map(len, parts.values()))} of {len(pairs)} pairs repeat a sentence and are left out")
     if run_dir is None:
         sides = [side for pair in parts["train"] for side in pair]
         tokens = learn_tokens(config["tokens"], sides, size=config["vocabulary"])
@@ -117,10 +121,10 @@ def run(config, data, run_dir, *, resume):
         "training_minutes": (trained - started) / 60,
         "minutes": (time.monotonic() - started) / 60,
     }
-    sequence.write(run_dir / "summary.json", json.dumps(summary, indent=1))
+    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
     rows = zip(test.texts, translations, strict=True)
     shown = [f"source     {one}\nreference  {other}\nmodel      {made}\n" for (one, other), made in rows]
-    sequence.write(run_dir / "examples.txt", "\n".join(shown[:SHOWN]))
+    write_whole(run_dir / "examples.txt", "\n".join(shown[:SHOWN]))
     line = ", ".join(f"{heading} {form(summary)}" for heading, form in COLUMNS.items())
     print(f"{summary['attention']}: {line}\nresults: {run_dir}")
     return summary
@@ -129,6 +133,7 @@ def run(config, data, run_dir, *, resume):
 def translate_line(args):
     """Print the translation of a sentence by a trained model."""
     model = load_model(args.checkpoint)
+    sequence.check_kind(model.config, "translation", args.checkpoint)
     config = model.config
     tokens = load_tokens(config["tokens"], args.checkpoint)
     lengths = {key: config[key] for key in ("source_length", "target_length")}
@@ -152,7 +157,7 @@ def main(arguments=None):
     if args.translate is not None:
         translate_line(args)
         return
-    overrides = [f"{side}={getattr(args, side)}" for side in ("source", "target") if getattr(args, side)]
+    overrides = [sequence.quoted(side, getattr(args, side)) for side in ("source", "target") if getattr(args, side)]
     sequence.main(args, kind="translation", overrides=overrides, open_data=open_data, run=run, columns=COLUMNS)
 
 

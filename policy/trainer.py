@@ -330,7 +330,7 @@ class Trainer:
         self.save()
         name = signal.Signals(self._stop).name
         if self.accelerator.is_main_process:
-            print(f"\nstopped by {name} at step {self.step}; continue with resume={self.folder.path}")
+            print(f"\nstopped by {name} at step {self.step}; continue with resume={self.folder.path}, or --resume")
         raise SystemExit(128 + self._stop)
 
     def _explain(self, error):
@@ -356,6 +356,8 @@ def _check_options(options):
     ):
         if options[key] < 1:
             raise ValueError(f"training.{key}: got {options[key]}, allowed: >= 1")
+    if options.max_val_batches is not None and options.max_val_batches < 1:
+        raise ValueError(f"training.max_val_batches: got {options.max_val_batches}, allowed: >= 1, or null")
     check_optimizer(options)
 
 

@@ -106,7 +106,7 @@ def test_order_of_the_tokens(name):
 
 @every_attention
 def test_autocast_and_fp32(name):
-    """bfloat16 stays close to float32; ``fp32`` brings attention itself nearer and returns autocast's dtype."""
+    """bfloat16 stays close to float32; with ``fp32`` attention itself is in float32, its result in autocast's dtype."""
     attention, precise = build(name), build(name, fp32=True)
     x = torch.randn(2, 17, DIM)
     exact, seen = attention(x), []
@@ -114,6 +114,10 @@ def test_autocast_and_fp32(name):
     precise.attend = lambda q, k, v, **options: seen.append(q.dtype) or inner(q, k, v, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low, high = attention(x), precise(x)
+        q, k, v = (part.float() for part in precise.split(x))
+        with torch.autocast("cpu", enabled=False):
+            out = inner(q, k, v)
+        assert torch.equal(high, precise.proj(out.transpose(1, 2).flatten(2).bfloat16()))
     assert low.dtype == high.dtype == torch.bfloat16 and seen == [torch.float32]
     torch.testing.assert_close(low.float(), exact, rtol=0.05, atol=0.03)
     torch.testing.assert_close(high.float(), exact, rtol=0.05, atol=0.03)
@@ -157,6 +161,9 @@ def test_map_is_what_the_values_are_weighed_with(name):
     weights = attention.attention_map(x, key_padding_mask=padding)
     out = attention(x, key_padding_mask=padding)
     assert (weights[0, :, :12, 12:] == 0).all()
+    if name not in ("linformer", "nystromformer"):  # whose weights do not sum to 1
+        sums = weights.sum(dim=-1).transpose(1, 2)[~padding]
+        torch.testing.assert_close(sums, torch.ones_like(sums))
     torch.testing.assert_close(weighed(attention, weights, x)[~padding], out[~padding], rtol=1e-4, atol=1e-5)
 
 
@@ -180,6 +187,8 @@ def test_what_a_mechanism_cannot_do_is_refused(name):
     if name != "softmax":
         with pytest.raises(ValueError, match="attn_mask: got one, allowed with .*Attention: none"):
             attention(x, attn_mask=torch.ones(17, 17, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"key_padding_mask: got \(1, 16\), allowed: \(1, 17\)"):
+        attention(x, key_padding_mask=torch.zeros(1, 16, dtype=torch.bool))
     kept = torch.tensor([[0, 3, 7, 11]])
     some = torch.cat([x[:, :1], x[:, 1 + kept[0]]], dim=1)
     if not attention.any_tokens and name != "fibottention":

@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -431,7 +432,7 @@ def test_several_mechanisms_and_a_table(text, tmp_path, capsys):
         (["contexts=[16]"], "contexts: got 16, allowed: 0 to 15"),
         (["tokens=word"], "tokens: got 'word', allowed: byte, bpe"),
         (["--generate", "x"], "--generate, --checkpoint: got one of them"),
-        (["--resume", "nowhere"], "nowhere"),
+        (["--resume", "nowhere"], "--resume: got other options, too"),
         (["model.detph=2"], "model.detph"),
     ],
     ids=str,
@@ -460,3 +461,27 @@ def test_bytes_need_no_other_package():
     names = [Path(language.__file__), Path(sequence.__file__)]
     assert all("sacrebleu" not in path.read_text() and "import tokenizers" not in path.read_text() for path in names)
     assert ByteTokens().size == 256
+
+
+@pytest.mark.parametrize("name", ["123", "null", "a (1).txt", "a=b.txt", "x{y}.txt", "it's.txt", "a, b.txt", "b\\c"])
+def test_paths_of_any_characters(name):
+    assert compose_at("language/base", [sequence.quoted("text", name)])["text"] == name
+
+
+def test_what_a_resumed_run_keeps_and_what_a_folder_holds(trained, tmp_path, capsys):
+    """Options beside --resume, a folder with a run, several processes: refused in a line."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    for arguments, message in [
+        (["--resume", str(trained), "training.max_steps=9"], "--resume: got other options, too"),
+        (["--resume", str(tmp_path / "nowhere")], "nowhere"),
+        (["--output", str(tmp_path)], f"--output: got {tmp_path}, which holds a run"),
+        (["contexts=[]"], r"contexts: got \[\], allowed: whole numbers"),
+    ]:
+        with pytest.raises(SystemExit):
+            language.main(arguments)
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_run_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="x: got a 'translation' run, allowed: a 'language' run"):
+        sequence.check_kind({"model": {"name": "translation"}}, "language", "x")

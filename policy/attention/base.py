@@ -1,6 +1,7 @@
 """What all attention mechanisms of a ViT block share: projections, heads, checks; a mechanism is its ``attend``."""
 
 import contextlib
+from functools import partial
 
 import torch
 from torch import nn
@@ -37,15 +38,20 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"attn_mask: got one, allowed with {name}: none (its pattern is fixed)")
         if is_causal and not self.causal:
             raise ValueError(f"is_causal: got True, allowed with {name}: False (no causal form)")
+        if key_padding_mask is not None and key_padding_mask.shape != x.shape[:2]:
+            raise ValueError(f"key_padding_mask: got {tuple(key_padding_mask.shape)}, allowed: {tuple(x.shape[:2])}")
+        if kept is not None:
+            return self.project(x, partial(self.attend_kept, kept=kept, key_padding_mask=key_padding_mask))
+        return self.project(x, partial(self.attend, key_padding_mask=key_padding_mask, is_causal=is_causal))
+
+    def project(self, x, attend):
+        """x (B, T, C) -> (B, T, C) through the projections, with attend(q, k, v) in between."""
         q, k, v = self.split(x)
         dtype = q.dtype
         with self.precision(x.device):
             if self.fp32:
                 q, k, v = q.float(), k.float(), v.float()
-            if kept is None:
-                out = self.attend(q, k, v, key_padding_mask=key_padding_mask, is_causal=is_causal)
-            else:
-                out = self.attend_kept(q, k, v, kept, key_padding_mask=key_padding_mask)
+            out = attend(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2).to(dtype))
 
     def attend_kept(self, q, k, v, kept, *, key_padding_mask=None):

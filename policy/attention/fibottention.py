@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from policy.attention.base import MultiHeadAttention
 from policy.attention.fibottention_sparse import backend_for, sparse_forward, why_not
+from policy.attention.windows import masked_softmax
 
 VARIANTS = ("paper", "robot")
 MASKED_SCORES = ("zero", "exclude")
@@ -195,16 +196,14 @@ def _dense(q, k, v, mask, masked_score, scale, dropout_p, real=None):
 
 
 def _weights(q, k, mask, masked_score, scale, real=None):
-    """Weights (B, H, T, T) of the rule ``masked_score``; real: bool (B, 1, 1, T), keys that are no padding."""
+    """Weights (B, H, T, T) of the rule ``masked_score``; real: bool (B, 1, 1, T), keys that are no padding.
+
+    A row without any attended pair (possible without prefix tokens) attends to nothing rather than to NaN.
+    """
     scores = (q * scale) @ k.transpose(-2, -1)
-    scores = torch.where(mask, scores, 0.0 if masked_score == "zero" else -torch.inf)
-    if masked_score == "zero" and real is None:
-        return scores.softmax(dim=-1)
-    # A row without any attended pair (possible without prefix tokens) attends to nothing rather than to NaN.
-    attended = mask if masked_score == "exclude" else torch.ones_like(mask[..., :1, :])
-    if real is not None:
-        scores, attended = scores.masked_fill(~real, -torch.inf), attended & real
-    return torch.where(attended.any(dim=-1, keepdim=True), scores.softmax(dim=-1), 0.0)
+    if masked_score == "zero":
+        return masked_softmax(torch.where(mask, scores, 0.0), real)
+    return masked_softmax(scores, mask if real is None else mask & real)
 
 
 class FibottentionAttention(MultiHeadAttention):

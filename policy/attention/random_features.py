@@ -85,6 +85,9 @@ class FeatureMap(nn.Module):
         super().__init__()
         lookup("proj_method", proj_method, dict.fromkeys(PROJ_METHODS))
         lookup("sample_scheme", sample_scheme, SCHEMES)
+        if sample_scheme == "learnable" and proj_method not in RANDOM:
+            allowed = "resample, fixed (nothing is drawn)"
+            raise ValueError(f"sample_scheme: got 'learnable', allowed with {proj_method}: {allowed}")
         at_least_one("num_features", num_features)
         unit = {"dpfp": 2 * width, "mlp_fourier": 2}.get(proj_method, 1)
         if num_features % unit:

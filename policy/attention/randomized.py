@@ -61,6 +61,8 @@ class RandomizedAttention(MultiHeadAttention):
             raise ValueError(f"num_samples: got {num_samples}, allowed: -1 and more")
         if evaluation not in EVALUATIONS:
             raise ValueError(f"evaluation: got {evaluation!r}, allowed: {', '.join(EVALUATIONS)}")
+        if num_samples == -1 and evaluation == "sample":
+            raise ValueError("evaluation: got 'sample', allowed with num_samples -1: mean, expectation")
         if num_samples == 0 and evaluation == "expectation":
             raise ValueError("evaluation: got 'expectation', allowed with num_samples 0: mean, sample (it is biased)")
         if noise < 0:

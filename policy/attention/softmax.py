@@ -1,9 +1,12 @@
 """Dense softmax attention, the baseline (arXiv 1706.03762, section 3.2), through torch's fused kernels."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from policy.attention.base import MultiHeadAttention
+from policy.attention.windows import masked_softmax
 
 
 class SoftmaxAttention(MultiHeadAttention):
@@ -12,12 +15,12 @@ class SoftmaxAttention(MultiHeadAttention):
     causal = any_tokens = True
 
     def forward(self, x, attn_mask=None, is_causal=False, kept=None, key_padding_mask=None):
-        """As of the base class; attn_mask (T, T) or (B, H, T, T) may be given, in place of is_causal and padding."""
+        """As of the base class; attn_mask (T, T) or (B, H, T, T) may be given, but alone."""
         if attn_mask is None:
             return super().forward(x, is_causal=is_causal, kept=kept, key_padding_mask=key_padding_mask)
-        q, k, v = self.split(x)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=self.dropout_p)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        if is_causal or kept is not None or key_padding_mask is not None:
+            raise ValueError("attn_mask: got one beside is_causal, kept or key_padding_mask, allowed: alone")
+        return self.project(x, partial(F.scaled_dot_product_attention, attn_mask=attn_mask, dropout_p=self.dropout_p))
 
     def attend(self, q, k, v, *, key_padding_mask=None, is_causal=False):
         """q, k, v (B, H, T, D) -> (B, H, T, D)."""
@@ -30,7 +33,7 @@ class SoftmaxAttention(MultiHeadAttention):
         """Weights (B, H, T, T) that each query gives to each key."""
         q, k, _ = self.split(x)
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        return scores.masked_fill(~self._mask(q, key_padding_mask, is_causal), -torch.inf).softmax(dim=-1)
+        return masked_softmax(scores, self._mask(q, key_padding_mask, is_causal))
 
     @staticmethod
     def _mask(q, key_padding_mask, is_causal):

@@ -1,6 +1,7 @@
 """Pairs of sentences in two languages: from two files or the embedded grammar, cut into parts, as padded batches."""
 
 import numpy as np
+from tqdm import tqdm
 
 from policy.dataset.instructions import make_pairs
 from policy.dataset.text import read_text
@@ -51,6 +52,12 @@ def split_pairs(pairs, *, held_out, seed):
     }
 
 
+def _bar(pairs, description):
+    """A progress bar over many ``pairs``."""
+    few = len(pairs) < 20_000
+    return tqdm(pairs, desc=description, unit="pair", leave=False, disable=few, dynamic_ncols=True)
+
+
 class PairBatches:
     """Pairs as tokens: batches of {"source": (B, S), "target": (B, T+1)}, padded, ``texts`` being the pairs themselves.
 
@@ -62,7 +69,7 @@ class PairBatches:
     def __init__(self, pairs, tokens, *, source_length, target_length):
         self.source_length = source_length
         self.end, self.start, self.padding = range(tokens.size, tokens.size + 3)
-        encoded = [tuple(tokens.encode(side).astype(np.int64) for side in pair) for pair in pairs]
+        encoded = [tuple(tokens.encode(side).astype(np.int64) for side in pair) for pair in _bar(pairs, "encoding")]
         fits = [len(one) < source_length and len(other) < target_length for one, other in encoded]
         self.texts = [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
         self.pairs = [pair for pair, fit in zip(encoded, fits, strict=True) if fit]

@@ -13,7 +13,7 @@ VALID_FROM, TEST_FROM = 0.9, 0.95  # shares of a text where its other parts begi
 def read_text(path):
     """The UTF-8 text of a file; raises OSError or, with the place of the first wrong byte, ValueError."""
     try:
-        return Path(path).read_bytes().decode()
+        return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(f"{path}: got byte 0x{byte:02x} at place {error.start}, allowed: UTF-8 text") from None
@@ -49,6 +49,10 @@ def text_parts(source):
         raise ValueError(
             f"text: got {source} without a file named {' and '.join(missing)}, allowed: train, valid and test, or none"
         )
+    for file in files:
+        parts = [part for part, found in named.items() if file in found]
+        if len(parts) != 1:
+            raise ValueError(f"text: got {file.name} for {' and '.join(parts) or 'no part'}, allowed: one part a file")
     return {part: "\n".join(map(read_text, found)) for part, found in named.items()}
 
 

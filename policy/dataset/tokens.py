@@ -55,12 +55,12 @@ class BytePairTokens:
     def encode(self, text):
         """(n,) uint16 or uint32."""
         lines, parts = text.splitlines(keepends=True), []
+        dtype = np.uint16 if self.size <= 1 << 16 else np.uint32
         starts = range(0, len(lines), CHUNK)
         for start in tqdm(starts, desc="encoding", leave=False, disable=len(starts) < 10, dynamic_ncols=True):
             found = self.tokenizer.encode_batch(lines[start : start + CHUNK])
-            parts.extend(line.ids for line in found)
-        dtype = np.uint16 if self.size <= 1 << 16 else np.uint32
-        return np.concatenate(parts or [[]]).astype(dtype)
+            parts.append(np.array([number for line in found for number in line.ids], dtype))
+        return np.concatenate(parts or [np.empty(0, dtype)])
 
     def decode(self, tokens):
         """The text of ``tokens``."""
@@ -76,7 +76,7 @@ class BytePairTokens:
     def save(self, run_dir):
         """Write tokens.json, in the library's own format, whole or not at all."""
         partial = run_dir / "tokens.partial"
-        partial.write_text(self.tokenizer.to_str())
+        partial.write_text(self.tokenizer.to_str(), encoding="utf-8")
         partial.replace(run_dir / "tokens.json")
 
 
@@ -94,7 +94,11 @@ def load_tokens(kind, run_dir):
     path = run_dir / "tokens.json"
     if not path.is_file():
         raise FileNotFoundError(f"tokens: got {run_dir} without tokens.json, allowed: the folder of a run")
-    return BytePairTokens(_library().Tokenizer.from_str(path.read_text()))
+    library = _library()
+    try:
+        return BytePairTokens(library.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path}: got a damaged file ({error}), allowed: tokens.json of a run") from None
 
 
 def _library():

@@ -11,5 +11,7 @@ def take_unit_images(convolution, *, mean, std):
     zeros then stand for grey in place of ``mean``. In the weights, so that checkpoints and other encoders get it, too.
     """
     mean, std = (torch.tensor(value).to(convolution.weight) for value in (mean, std))
+    if convolution.bias is None:
+        convolution.bias = torch.nn.Parameter(convolution.weight.new_zeros(len(convolution.weight)))
     convolution.bias += (convolution.weight * ((0.5 - mean) / std)[:, None, None]).sum(dim=(1, 2, 3))
     convolution.weight *= (0.5 / std)[:, None, None]

@@ -18,7 +18,7 @@ class PVTEncoder(nn.Module):
     """One camera: images (B, 3, h, w) in [-1, 1] -> features (B, out_dim), through PVTv2 (arXiv 2106.13797).
 
     Four stages of ceil(h / 4), ceil(h / 8), ceil(h / 16) and ceil(h / 32) patches a side; no class token, no position
-    codes (the depthwise convolutions of its MLPs see places), so that weights fit images of any size. image_size:
+    codes (the depthwise convolutions of its MLPs see places), so that most weights fit images of any size. image_size:
     h = w after cropping; arch: any of timm's PVTv2; attention: {"name": ..., options}; pool: "mean" of the patches of
     the last stage, after its norm, or "spatial_softmax"; out_dim: optional linear read-out.
 

@@ -81,6 +81,12 @@ class ViTEncoder(nn.Module):
     ):
         super().__init__()
         _check_geometry(image_size, patch_size, stem, pool, drop_remainder)
+        if pretrained and stem != "patch":
+            raise ValueError(
+                f"encoder.pretrained: got true, allowed with stem={stem}: false (timm has no such weights)"
+            )
+        if dim is not None and num_heads is not None and dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}, allowed: a divisor of dim {dim}")
         sizes = {"embed_dim": dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
         overrides = {key: value for key, value in sizes.items() if value is not None}
         if stem == "conv":

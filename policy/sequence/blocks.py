@@ -138,8 +138,8 @@ class Blocks(nn.Module):
 class Embedding(nn.Module):
     """Tokens (B, T) -> (B, T, C), each with a learned code of its place.
 
-    The weights of tokens, which may also make scores, start so that scores are around 1; as inputs they are therefore
-    scaled by sqrt(C) (arXiv 1706.03762, section 3.4).
+    The weights of tokens, which may also make scores, start so that the scores of others are around 1; as inputs they
+    are scaled by sqrt(C) (arXiv 1706.03762, section 3.4).
     """
 
     def __init__(self, tokens, places, dim):

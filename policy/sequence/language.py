@@ -56,6 +56,8 @@ class LanguageModel(nn.Module):
 
         Beyond ``context`` tokens it goes on from the later half of them. Raises ValueError for an empty prompt.
         """
+        if count < 0:
+            raise ValueError(f"length: got {count}, allowed: 0 and more")
         if len(prompt) == 0 or temperature < 0:
             raise ValueError(
                 f"prompt, temperature: got {len(prompt)} tokens and {temperature}, allowed: >= 1 token and >= 0"
