@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from policy.attention.lara import LinearRandomizedAttention, log_densities, log_importance
 from policy.attention.lara_proposals import Proposals, draw, pool
-from policy.attention.randomized import RandomizedAttention, draw_keys, log_feature, scaled
+from policy.attention.ra import RandomizedAttention, draw_keys, log_feature, scaled
 
 DOUBLE = torch.float64
 MIS_TYPES = ("mis_opt", "mis_biased", "mis_bh")

@@ -16,7 +16,7 @@ from policy.attention.linformer import LinformerAttention
 from policy.attention.local import LocalAttention
 from policy.attention.nystromformer import NystromformerAttention
 from policy.attention.performer import PerformerAttention
-from policy.attention.randomized import RandomizedAttention
+from policy.attention.ra import RandomizedAttention
 from policy.attention.scatterbrain import ScatterbrainAttention
 from policy.attention.softmax import SoftmaxAttention
 from policy.registry import check_options, lookup, options_of

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from policy.attention.lara_proposals import SAMPLINGS, Proposals, choose, draw
 from policy.attention.prefixed import PrefixedAttention
-from policy.attention.randomized import log_feature, scaled
+from policy.attention.ra import log_feature, scaled
 from policy.attention.windows import masked_softmax
 from policy.registry import lookup
 
