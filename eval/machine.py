@@ -122,15 +122,16 @@ def timed(call, device):
     return time.perf_counter() - start
 
 
-def interleaved_times(calls, *, seconds, device, clock=timed):
+def interleaved_times(calls, *, seconds, device, clock=None):
     """{name: [seconds of each call]} of the warmed-up ``calls`` {name: function}, about ``seconds`` in all.
 
-    clock(call, device): seconds of one call.
+    clock(call, device): seconds of one call, default ``timed``.
 
     In every round each of them has a turn, in an order drawn anew, so that a drift of the machine hits all alike. A
     turn is a burst of calls whose first one, which pays for what the others left in the caches, does not count; slow
     calls have neither bursts nor a turn in every round.
     """
+    clock = clock or timed
     estimates = {name: clock(call, device) for name, call in calls.items()}
     turn = seconds / MIN_ROUNDS / len(calls) if calls else 0
     bursts = {name: min(max(int(turn / estimate), 1), MAX_BURST) for name, estimate in estimates.items()}
