@@ -77,7 +77,7 @@ OPTIONS = {
     "unknown preset": (["preset=papr"], unknown("preset", "papr", "paper", "auto, cpu, paper, small, smoke")),
     "unknown encoder": (
         ["encoder=vit_bas"],
-        unknown("encoder", "vit_bas", "vit_base", "resnet18, vit_base, vit_image, vit_key"),
+        unknown("encoder", "vit_bas", "vit_base", "pvt_v2, resnet18, vit, vit_base, vit_image, vit_key"),
     ),
     "unknown attention": (
         ["attention=fibo"],
