@@ -231,6 +231,12 @@ def test_nothing_of_all_pairs_is_made(name):
 
 
 @every_attention
+def test_what_a_mechanism_knows_of_itself_is_no_option(name):
+    with pytest.raises(ValueError, match=f"'{name}' options: got whole, allowed: "):
+        build(name, whole=True)
+
+
+@every_attention
 def test_head_count_must_divide_the_width(name):
     with pytest.raises(ValueError, match="num_heads: got 5, allowed: a divisor of dim 24"):
         build(name, num_heads=5)

@@ -47,7 +47,8 @@ class EVAAttention(PrefixedAttention):
         use_t5_rpe=False,
         **common,
     ):
-        super().__init__(whole=attn_2d, **common)
+        super().__init__(**common)
+        self.whole = attn_2d
         if adaptive_proj not in PROJECTIONS:
             raise ValueError(f"adaptive_proj: got {adaptive_proj!r}, allowed: {', '.join(PROJECTIONS)}")
         if relative_position_bias and use_t5_rpe:

@@ -39,8 +39,8 @@ class HybridAttention(PrefixedAttention):
         gate_init=0.0,
         **common,
     ):
-        whole = attn_2d and grid[0] > 1
-        super().__init__(num_patches=num_patches, prefix_tokens=prefix_tokens, whole=whole, **common)
+        super().__init__(num_patches=num_patches, prefix_tokens=prefix_tokens, **common)
+        self.whole = attn_2d and grid[0] > 1
         if self.attn_drop:
             raise ValueError(f"attn_drop: got {self.attn_drop}, allowed with HybridAttention: 0 (no weights to drop)")
         if not 1 <= len(dilations) <= self.num_heads:

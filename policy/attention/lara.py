@@ -109,7 +109,8 @@ class LinearRandomizedAttention(PrefixedAttention):
         noise=1.0,
         **common,
     ):
-        super().__init__(whole=grid[0] > 1, **common)
+        super().__init__(**common)
+        self.whole = grid[0] > 1
         lookup("mis_type", mis_type, MIS_TYPES)
         choose("sampling", sampling, SAMPLINGS)
         if alpha != 1 and mis_type != "mis_opt":

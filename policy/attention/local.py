@@ -26,8 +26,8 @@ class LocalAttention(PrefixedAttention):
         relative_position_bias=False,
         **common,
     ):
-        whole = attn_2d and grid[0] > 1
-        super().__init__(num_patches=num_patches, prefix_tokens=prefix_tokens, whole=whole, **common)
+        super().__init__(num_patches=num_patches, prefix_tokens=prefix_tokens, **common)
+        self.whole = attn_2d and grid[0] > 1
         self.windows = make_windows(grid, window_size, overlap=overlap, attn_2d=attn_2d)
         self.bias = RelativePositionBias(self.num_heads, self.windows) if relative_position_bias else None
 

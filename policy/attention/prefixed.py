@@ -14,9 +14,11 @@ class PrefixedAttention(MultiHeadAttention):
     weights is read off with. ``whole``: all N patches must be there, else the first n of them may come alone.
     """
 
-    def __init__(self, *, num_patches, prefix_tokens, whole=False, **common):
+    whole = False
+
+    def __init__(self, *, num_patches, prefix_tokens, **common):
         super().__init__(**common)
-        self.num_patches, self.prefix_tokens, self.whole = num_patches, prefix_tokens, whole
+        self.num_patches, self.prefix_tokens = num_patches, prefix_tokens
 
     def attend(self, q, k, v, *, key_padding_mask=None, is_causal=False):
         """q, k, v (B, H, P+n, D) -> (B, H, P+n, D); ValueError for a wrong number of tokens."""

@@ -39,8 +39,8 @@ class ScatterbrainAttention(PrefixedAttention):
         seed=0,
         **common,
     ):
-        whole = attn_2d and grid[0] > 1
-        super().__init__(num_patches=num_patches, prefix_tokens=prefix_tokens, whole=whole, **common)
+        super().__init__(num_patches=num_patches, prefix_tokens=prefix_tokens, **common)
+        self.whole = attn_2d and grid[0] > 1
         if self.attn_drop:
             raise ValueError(f"attn_drop: got {self.attn_drop}, allowed with ScatterbrainAttention: 0")
         self.windows = make_windows(grid, window_size, overlap=overlap, attn_2d=attn_2d)
