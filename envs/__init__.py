@@ -8,18 +8,18 @@ a config; an environment may also be named "module:attribute". A property ``stat
 
 import importlib
 
-ENVIRONMENTS = {"pusht": "envs.pusht:PushT", "robosuite": "envs.robosuite_env:RobosuiteEnv"}
+ENVIRONMENTS = {"pusht": "envs.pusht.env:PushT", "robosuite": "envs.robosuite_env:RobosuiteEnv"}
 DATA_MAKERS = {
-    "pusht_images": "envs.pusht_scenes:ensure_images",
-    "pusht_labels": "envs.labels:ensure_labels",
-    "pusht_scenes": "envs.pusht_scenes:ensure_scenes",
-    "pusht_turns": "envs.labels:ensure_turns",
-    "robomimic_clips": "envs.labels:ensure_clips",
+    "pusht_images": "envs.pusht.scenes:ensure_images",
+    "pusht_labels": "envs.pusht.labels:ensure_labels",
+    "pusht_scenes": "envs.pusht.scenes:ensure_scenes",
+    "pusht_turns": "envs.pusht.labels:ensure_turns",
+    "robomimic_clips": "envs.pusht.labels:ensure_clips",
     "robomimic_demos": "envs.robomimic_demos:ensure_demos",
     "robomimic_file": "envs.robomimic_images:ensure_file",
     "robomimic_scenes": "envs.robomimic_scenes:ensure_scenes",
 }
-CORRECTIONS = {"pusht": "envs.pusht_corrections:make_corrections"}
+CORRECTIONS = {"pusht": "envs.pusht.corrections:make_corrections"}
 
 
 def _load(kind, name, table, alternative=""):

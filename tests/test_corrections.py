@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import zarr
 
-from envs import make_corrections, pusht_corrections, pusht_demos
-from envs.pusht import PushT, render_states
-from envs.pusht_corrections import SHARE, SPREAD_PX, choose_starts
-from envs.pusht_geometry import coverage
-from envs.pusht_planner import PX_PER_RAD
-from envs.pusht_scenes import ensure_images
+from envs import make_corrections, pusht_demos
+from envs.pusht import corrections as pusht_corrections
+from envs.pusht.corrections import SHARE, SPREAD_PX, choose_starts
+from envs.pusht.env import PushT, render_states
+from envs.pusht.geometry import coverage
+from envs.pusht.planner import PX_PER_RAD
+from envs.pusht.scenes import ensure_images
 
 ROOT = Path(__file__).parent.parent
 GOAL = (256.0, 256.0, np.pi / 4)

@@ -102,7 +102,7 @@ def test_no_simulator_is_imported_at_the_top_outside_of_envs(path):
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import envs, envs.pusht, envs.pusht_scenes", {"policy", "torch", *SIMULATORS}),
+        ("import envs, envs.pusht, envs.pusht.scenes", {"policy", "torch", *SIMULATORS}),
         # What comes with robosuite only: without it an error has to name robosuite, not scipy.
         ("import envs.robomimic_demos, envs.robomimic_images, envs.robomimic_scenes", {"policy", "scipy", *SIMULATORS}),
         ("import policy, policy.build, policy.dataset.download", {"envs", "eval", *SIMULATORS}),

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 import zarr
 
-from envs import labels as label_makers
-from envs import make_data, pusht_scenes, rendered_zarr
-from envs.labels import MARGIN_DEGREES, MARGIN_PX, OCTANTS, SIDES, TURNS, labels, turns
-from envs.pusht import keypoints, render_states
-from envs.pusht_scenes import ensure_images, ensure_scenes, sample_states
+from envs import make_data, rendered_zarr
+from envs.pusht import labels as label_makers
+from envs.pusht import scenes as pusht_scenes
+from envs.pusht.env import keypoints, render_states
+from envs.pusht.labels import MARGIN_DEGREES, MARGIN_PX, OCTANTS, SIDES, TURNS, labels, turns
+from envs.pusht.scenes import ensure_images, ensure_scenes, sample_states
 from policy.dataset import ReplayBuffer
 from policy.dataset.labelled import LabelledClips, LabelledFrames, open_labelled
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import zarr
 
-from envs import pusht_demos, pusht_planner
-from envs.pusht_demos import disturbed_start, is_recovery, main, random_start
-from envs.pusht_geometry import (
+from envs import pusht_demos
+from envs.pusht import planner as pusht_planner
+from envs.pusht.geometry import (
     CORNERS,
     MARGIN,
     clearance,
@@ -19,8 +19,9 @@ from envs.pusht_geometry import (
     primitive_targets,
     to_world,
 )
-from envs.pusht_physics import PushTSimulator, environment_at, full_state
-from envs.pusht_planner import FAST, RECOVERY, SMOOTH, draw_primitives, plan_episode
+from envs.pusht.physics import PushTSimulator, environment_at, full_state
+from envs.pusht.planner import FAST, RECOVERY, SMOOTH, draw_primitives, plan_episode
+from envs.pusht_demos import disturbed_start, is_recovery, main, random_start
 
 EMBEDDED = Path(pusht_demos.__file__).parent / "data" / "pusht_expert.zarr.zip"
 

@@ -14,7 +14,7 @@ import torch
 from fake_env import MADE, FakeEnv
 
 import envs
-from envs.pusht import PushT
+from envs.pusht.env import PushT
 from eval import rollout as module
 from eval.intervals import Z95, mean_interval, rate_interval
 from eval.rollout import describe, main, rollout, summarize, write_results

@@ -14,9 +14,9 @@ import numpy as np
 import zarr
 from numpy.lib.stride_tricks import sliding_window_view
 
+from envs.pusht.geometry import CORNERS
+from envs.pusht.scenes import ensure_images, ensure_scenes, open_group, read_array
 from envs.pusht_demos import write_zarr
-from envs.pusht_geometry import CORNERS
-from envs.pusht_scenes import ensure_images, ensure_scenes, open_group, read_array
 from envs.rendered_zarr import write_rendered
 from envs.robomimic_demos import ensure_demos
 from envs.robomimic_expert import TASKS

@@ -3,7 +3,7 @@
 There the expert labels every visited state with its action. Here it plans a whole episode from some of them, because
 its plans lead to success and a single action of it does not. ``eval.rollout.rollout(..., states=True)`` records them.
 
-The result is a zarr as ``envs.pusht_scenes.ensure_images`` writes it (data/state, data/action, data/img,
+The result is a zarr as ``envs.pusht.scenes.ensure_images`` writes it (data/state, data/action, data/img,
 meta/episode_ends) with the attributes arguments, unsolved (how many starts were left out) and origins (rollout seed and
 step that each episode starts from).
 """
@@ -16,10 +16,10 @@ import numpy as np
 import zarr
 
 from envs.demo_pool import check_output, check_processes, make_set, whole_file
+from envs.pusht.geometry import coverage
+from envs.pusht.planner import PX_PER_RAD, SETTINGS, plan_episode
+from envs.pusht.scenes import ensure_images
 from envs.pusht_demos import read_attributes, write_zarr
-from envs.pusht_geometry import coverage
-from envs.pusht_planner import PX_PER_RAD, SETTINGS, plan_episode
-from envs.pusht_scenes import ensure_images
 
 VERSION = 1  # raise it when the same arguments make other episodes
 STREAM = 0x64616767  # first word of every seed sequence: keeps ours apart from that of the demonstrations

@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 
-from envs.pusht_geometry import AGENT_RADIUS, SUBSTEP_SECONDS, SUBSTEPS, agent_motion
+from envs.pusht.geometry import AGENT_RADIUS, SUBSTEP_SECONDS, SUBSTEPS, agent_motion
 
 WALLS = (((5, 506), (5, 5)), ((5, 5), (506, 5)), ((506, 5), (506, 506)), ((5, 506), (506, 506)))
 APART = (50.0, 50.0, 350.0, 350.0)  # agent and block positions (px) that do not touch

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from envs.pusht_geometry import (
+from envs.pusht.geometry import (
     REACHABLE_LENGTH,
     coverage,
     goal_distance,
     next_contact,
     primitive_targets,
 )
-from envs.pusht_physics import PushTSimulator, environment_at, full_state
+from envs.pusht.physics import PushTSimulator, environment_at, full_state
 
 EPISODE_STEPS = 300
 MAX_PRIMITIVE_STEPS = 180

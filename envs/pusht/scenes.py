@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from envs.pusht import keypoints, render_states
-from envs.pusht_geometry import AGENT_RADIUS, ARENA, GOAL_ANGLE, GOAL_X, GOAL_Y, RECTANGLES
+from envs.pusht.env import keypoints, render_states
+from envs.pusht.geometry import AGENT_RADIUS, ARENA, GOAL_ANGLE, GOAL_X, GOAL_Y, RECTANGLES
 from envs.rendered_zarr import CHUNK, write_rendered
 
 
