@@ -8,7 +8,7 @@ a config; an environment may also be named "module:attribute". A property ``stat
 
 import importlib
 
-ENVIRONMENTS = {"pusht": "envs.pusht.env:PushT", "robosuite": "envs.robosuite_env:RobosuiteEnv"}
+ENVIRONMENTS = {"pusht": "envs.pusht.env:PushT", "robosuite": "envs.robomimic.env:RobosuiteEnv"}
 DATA_MAKERS = {
     "pusht_images": "envs.pusht.scenes:ensure_images",
     "pusht_labels": "envs.pusht.labels:ensure_labels",
@@ -17,7 +17,7 @@ DATA_MAKERS = {
     "robomimic_clips": "envs.pusht.labels:ensure_clips",
     "robomimic_demos": "envs.robomimic_demos:ensure_demos",
     "robomimic_file": "envs.robomimic_images:ensure_file",
-    "robomimic_scenes": "envs.robomimic_scenes:ensure_scenes",
+    "robomimic_scenes": "envs.robomimic.scenes:ensure_scenes",
 }
 CORRECTIONS = {"pusht": "envs.pusht.corrections:make_corrections"}
 

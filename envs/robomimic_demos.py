@@ -1,11 +1,11 @@
 """Makes robomimic demonstrations: `python -m envs.robomimic_demos --task lift --episodes 100 --output X.hdf5`.
 
-The experts of envs/robomimic_expert.py act in robosuite; only successful episodes are kept, and their images are then
+The experts of envs/robomimic/expert.py act in robosuite; only successful episodes are kept, and their images are then
 drawn from the recorded states, as robomimic's dataset_states_to_obs does. Episode i depends only on the seed, i, the
 recovery fraction and the task, whatever the number of processes. Finished episodes wait in the folder
 `<output>.partial`; the same command continues an interrupted run.
 
-The result is robomimic's HDF5 (envs/robomimic_hdf5.py) for robosuite 1.5, actions (L, 7) delta OSC_POSE, with
+The result is robomimic's HDF5 (envs/robomimic/hdf5.py) for robosuite 1.5, actions (L, 7) delta OSC_POSE, with
 mask/train and mask/valid (nine to one). Demos have the further attributes seed, of their episode, and recovery,
 whether they start where the expert was pushed to; env_args tells with "reflections" whether the floor mirrors, which
 robomimic ignores.
@@ -23,10 +23,10 @@ import h5py
 import numpy as np
 
 from envs.demo_pool import check_demo_options, check_output, demo_parser, is_recovery, make_set, run_command
-from envs.robomimic_expert import TASKS, run_episode
-from envs.robomimic_hdf5 import draw_states, installed_version, new_file, outcome, stored_arguments, write_part
-from envs.robosuite_backend import choose_renderer
-from envs.robosuite_env import CAMERAS, RobosuiteEnv
+from envs.robomimic.backend import choose_renderer
+from envs.robomimic.env import CAMERAS, RobosuiteEnv
+from envs.robomimic.expert import TASKS, run_episode
+from envs.robomimic.hdf5 import draw_states, installed_version, new_file, outcome, stored_arguments, write_part
 
 VERSION = 1  # raise it when the same arguments make other episodes
 ATTEMPTS = 16

@@ -19,7 +19,9 @@ import h5py
 import numpy as np
 
 from envs.demo_pool import Parser, check_output, check_processes, make_set, run_command
-from envs.robomimic_hdf5 import (
+from envs.robomimic.backend import choose_renderer
+from envs.robomimic.env import CAMERAS, RobosuiteEnv
+from envs.robomimic.hdf5 import (
     demo_names,
     draw_states,
     file_digest,
@@ -31,9 +33,7 @@ from envs.robomimic_hdf5 import (
     stored_arguments,
     write_part,
 )
-from envs.robosuite_backend import choose_renderer
-from envs.robosuite_env import CAMERAS, RobosuiteEnv
-from envs.robosuite_metadata import check_env_args, same_model
+from envs.robomimic.metadata import check_env_args, same_model
 
 VERSION = 1  # raise it when the same file gives other images
 MOST_PROCESSES = 8  # unless asked otherwise; each needs 1 GB of memory

@@ -104,7 +104,7 @@ def test_no_simulator_is_imported_at_the_top_outside_of_envs(path):
     [
         ("import envs, envs.pusht, envs.pusht.scenes", {"policy", "torch", *SIMULATORS}),
         # What comes with robosuite only: without it an error has to name robosuite, not scipy.
-        ("import envs.robomimic_demos, envs.robomimic_images, envs.robomimic_scenes", {"policy", "scipy", *SIMULATORS}),
+        ("import envs.robomimic_demos, envs.robomimic_images, envs.robomimic.scenes", {"policy", "scipy", *SIMULATORS}),
         ("import policy, policy.build, policy.dataset.download", {"envs", "eval", *SIMULATORS}),
         ("import eval.rollout", SIMULATORS),
     ],

@@ -16,9 +16,9 @@ import pytest
 pytest.importorskip("robosuite")
 
 from envs import make_data, robomimic_demos, robomimic_images  # noqa: E402
+from envs.robomimic.env import RobosuiteEnv  # noqa: E402
+from envs.robomimic.expert import LIMITS, run_episode  # noqa: E402
 from envs.robomimic_demos import episode_seed, main, split  # noqa: E402
-from envs.robomimic_expert import LIMITS, run_episode  # noqa: E402
-from envs.robosuite_env import RobosuiteEnv  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 LOW_DIM = {

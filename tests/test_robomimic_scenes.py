@@ -6,10 +6,11 @@ import zarr
 
 pytest.importorskip("robosuite")
 
-from envs import make_data, rendered_zarr, robomimic_scenes
-from envs.robomimic_expert import run_episode
-from envs.robomimic_scenes import ensure_scenes, targets
-from envs.robosuite_env import RobosuiteEnv
+from envs import make_data, rendered_zarr
+from envs.robomimic import scenes as robomimic_scenes
+from envs.robomimic.env import RobosuiteEnv
+from envs.robomimic.expert import run_episode
+from envs.robomimic.scenes import ensure_scenes, targets
 
 
 def turned(axis, angle):

@@ -13,17 +13,17 @@ pytest.importorskip("robosuite")
 
 from scipy.spatial.transform import Rotation  # noqa: E402
 
-from envs import robosuite_backend  # noqa: E402
-from envs.robomimic_expert import run_episode  # noqa: E402
-from envs.robosuite_env import CAMERAS, RobosuiteEnv  # noqa: E402
-from envs.robosuite_metadata import OSC_POSE, make_arguments, same_model, standard_env_args  # noqa: E402
+from envs.robomimic import backend as robosuite_backend  # noqa: E402
+from envs.robomimic.env import CAMERAS, RobosuiteEnv  # noqa: E402
+from envs.robomimic.expert import run_episode  # noqa: E402
+from envs.robomimic.metadata import OSC_POSE, make_arguments, same_model, standard_env_args  # noqa: E402
 from envs.workers import open_slots
 
 ROOT = Path(__file__).parent.parent
 ALONE = """
 import sys, numpy as np
 from envs.workers import open_slots
-from envs.robosuite_env import RobosuiteEnv
+from envs.robomimic.env import RobosuiteEnv
 task, state, output = sys.argv[1:]
 env = RobosuiteEnv(task=task, actions="recorded")
 env.reset_to(np.load(state))
@@ -407,7 +407,7 @@ sys.modules["robosuite"] = sys.modules["mujoco"] = None
 from envs import robosuite_backend
 robosuite_backend._failure = lambda name: "ModuleNotFoundError: No module named 'mujoco'"
 from envs.workers import open_slots
-from envs.robosuite_env import RobosuiteEnv
+from envs.robomimic.env import RobosuiteEnv
 try:
     RobosuiteEnv(task="Lift")
 except ImportError as error:

@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from envs.robosuite_backend import load_robosuite
-from envs.robosuite_metadata import check_env_args, make_arguments, standard_env_args
+from envs.robomimic.backend import load_robosuite
+from envs.robomimic.metadata import check_env_args, make_arguments, standard_env_args
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 MODEL_SEED = 0  # sizes drawn when the model is built, such as that of the cube of Lift, are the same everywhere
@@ -24,7 +24,7 @@ ARM_SIZES = {"absolute": 10, "recorded": 7}  # position 3, rotation 6 (first two
 class RobosuiteEnv:
     """One robosuite episode at a time.
 
-    env_args: a data set's (parsed JSON, see envs/robosuite_metadata.py), or None for ``task`` with one Panda;
+    env_args: a data set's (parsed JSON, see envs/robomimic/metadata.py), or None for ``task`` with one Panda;
     actions: "absolute": (10 an arm) position 3 (m, world), 6-D rotation (arXiv 1812.07035, rows), gripper 1;
     "recorded": what the controller of env_args takes, 7 an arm. cameras: what ``observe`` draws, () for nothing;
     reflections: draw the 1 % mirror image in the floor, which doubles the time of every picture; None: as env_args

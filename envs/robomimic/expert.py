@@ -6,7 +6,7 @@ to come back; recovery episodes are recorded from a state that the expert was pu
 
 import numpy as np
 
-from envs.robosuite_backend import rotation_matrix
+from envs.robomimic.backend import rotation_matrix
 
 POSITION_UNIT, ROTATION_UNIT = 0.05, 0.5  # m and rad of a full action, OSC_POSE's output range
 OPEN, CLOSED = -1.0, 1.0

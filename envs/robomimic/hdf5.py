@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from envs.demo_pool import whole_file
-from envs.robosuite_backend import INSTALL
+from envs.robomimic.backend import INSTALL
 
 # Of the low-dimensional values what can be told from a state: robosuite's accelerations cannot.
 LOW_DIM = re.compile(

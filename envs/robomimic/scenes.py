@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from envs.rendered_zarr import CHUNK, write_rendered
-from envs.robomimic_expert import TASKS, run_episode
-from envs.robosuite_backend import rotation_matrix
-from envs.robosuite_env import CAMERAS, RobosuiteEnv
+from envs.robomimic.backend import rotation_matrix
+from envs.robomimic.env import CAMERAS, RobosuiteEnv
+from envs.robomimic.expert import TASKS, run_episode
 
 MM_PER_UNIT = 250  # of the targets
 CENTRES = {"lift": (0.0, 0.0, 0.85), "can": (0.1, 0.0, 0.9)}  # m, where targets are 0
