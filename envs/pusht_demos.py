@@ -21,10 +21,18 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.demo_pool import check_demo_options, check_output, demo_parser, is_recovery, make_set, run_command, whole_file
 from envs.pusht.geometry import AGENT_RADIUS, ARENA, BORDER, CORNERS, clearance, coverage, to_world
 from envs.pusht.physics import reset_state
 from envs.pusht.planner import SETTINGS, plan_episode
+from envs.shared.demo_pool import (
+    check_demo_options,
+    check_output,
+    demo_parser,
+    is_recovery,
+    make_set,
+    run_command,
+    whole_file,
+)
 
 VERSION = 1  # raise it when the same arguments make other episodes
 STREAM = 0x70757368  # first word of every seed sequence: keeps ours apart from gym-pusht's reset(seed)

@@ -22,11 +22,11 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 
-from envs.demo_pool import check_demo_options, check_output, demo_parser, is_recovery, make_set, run_command
 from envs.robomimic.backend import choose_renderer
 from envs.robomimic.env import CAMERAS, RobosuiteEnv
 from envs.robomimic.expert import TASKS, run_episode
 from envs.robomimic.hdf5 import draw_states, installed_version, new_file, outcome, stored_arguments, write_part
+from envs.shared.demo_pool import check_demo_options, check_output, demo_parser, is_recovery, make_set, run_command
 
 VERSION = 1  # raise it when the same arguments make other episodes
 ATTEMPTS = 16

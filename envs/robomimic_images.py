@@ -18,7 +18,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from envs.demo_pool import Parser, check_output, check_processes, make_set, run_command
 from envs.robomimic.backend import choose_renderer
 from envs.robomimic.env import CAMERAS, RobosuiteEnv
 from envs.robomimic.hdf5 import (
@@ -34,6 +33,7 @@ from envs.robomimic.hdf5 import (
     write_part,
 )
 from envs.robomimic.metadata import check_env_args, same_model
+from envs.shared.demo_pool import Parser, check_output, check_processes, make_set, run_command
 
 VERSION = 1  # raise it when the same file gives other images
 MOST_PROCESSES = 8  # unless asked otherwise; each needs 1 GB of memory

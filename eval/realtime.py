@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from envs import close_env, make_env
-from envs.episode import Episode
+from envs.shared.episode import Episode
 from eval.command import command
 from eval.machine import choose_device, describe_machine
 from eval.realtime_plot import plot

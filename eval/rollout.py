@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from envs.workers import open_slots
+from envs.shared.workers import open_slots
 from eval.command import command
 from eval.intervals import mean_interval, rate_interval
 from eval.video import write_grid

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 import zarr
 
-from envs import make_data, rendered_zarr
+from envs import make_data
 from envs.pusht import labels as label_makers
 from envs.pusht import scenes as pusht_scenes
 from envs.pusht.env import keypoints, render_states
 from envs.pusht.labels import MARGIN_DEGREES, MARGIN_PX, OCTANTS, SIDES, TURNS, labels, turns
 from envs.pusht.scenes import ensure_images, ensure_scenes, sample_states
+from envs.shared import rendered_zarr
 from policy.dataset import ReplayBuffer
 from policy.dataset.labelled import LabelledClips, LabelledFrames, open_labelled
 

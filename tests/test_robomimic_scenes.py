@@ -6,11 +6,12 @@ import zarr
 
 pytest.importorskip("robosuite")
 
-from envs import make_data, rendered_zarr
+from envs import make_data
 from envs.robomimic import scenes as robomimic_scenes
 from envs.robomimic.env import RobosuiteEnv
 from envs.robomimic.expert import run_episode
 from envs.robomimic.scenes import ensure_scenes, targets
+from envs.shared import rendered_zarr
 
 
 def turned(axis, angle):

@@ -17,12 +17,12 @@ from envs.robomimic import backend as robosuite_backend  # noqa: E402
 from envs.robomimic.env import CAMERAS, RobosuiteEnv  # noqa: E402
 from envs.robomimic.expert import run_episode  # noqa: E402
 from envs.robomimic.metadata import OSC_POSE, make_arguments, same_model, standard_env_args  # noqa: E402
-from envs.workers import open_slots
+from envs.shared.workers import open_slots
 
 ROOT = Path(__file__).parent.parent
 ALONE = """
 import sys, numpy as np
-from envs.workers import open_slots
+from envs.shared.workers import open_slots
 from envs.robomimic.env import RobosuiteEnv
 task, state, output = sys.argv[1:]
 env = RobosuiteEnv(task=task, actions="recorded")
@@ -406,7 +406,7 @@ import sys
 sys.modules["robosuite"] = sys.modules["mujoco"] = None
 from envs import robosuite_backend
 robosuite_backend._failure = lambda name: "ModuleNotFoundError: No module named 'mujoco'"
-from envs.workers import open_slots
+from envs.shared.workers import open_slots
 from envs.robomimic.env import RobosuiteEnv
 try:
     RobosuiteEnv(task="Lift")

@@ -14,8 +14,8 @@ import tiny
 import torch
 
 from envs import make_env
-from envs import workers as module
-from envs.workers import open_slots
+from envs.shared import workers as module
+from envs.shared.workers import open_slots
 from eval.rollout import rollout
 from policy.build import build_model
 
@@ -152,7 +152,7 @@ def test_workers_are_light(log, monkeypatch):
         slots.run({0: ("reset", 1, False)})
     assert [event for _, event, _ in events(log, "made")] == ["made with 1 threads"]
     loaded = events(log, "loaded")[0][1].split()[1].split(",")
-    assert "envs.workers" in loaded and not {"torch", "pytest", "eval", "policy"} & set(loaded)
+    assert "envs.shared.workers" in loaded and not {"torch", "pytest", "eval", "policy"} & set(loaded)
     assert os.environ["OMP_NUM_THREADS"] == "3" and sys.modules["__main__"] is program
     monkeypatch.delenv("OMP_NUM_THREADS")
     with slots_of(fake()):
@@ -272,7 +272,7 @@ def test_workers_end_with_their_parent(log, how):
     """
     program = log.parent / "program.py"
     program.write_text(
-        "import numpy as np; from envs.workers import open_slots\n"
+        "import numpy as np; from envs.shared.workers import open_slots\n"
         f"env = {{'name': 'fake_env:FakeEnv', 'pause': 1000, 'log': {str(log)!r}}}\n"
         "with open_slots(env, slots=2, workers=2, obs_steps=1, keys=['agent_pos']) as slots:\n"
         "    slots.run({0: ('reset', 0, False), 1: ('reset', 1, False)})\n"

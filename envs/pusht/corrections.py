@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from envs.demo_pool import check_output, check_processes, make_set, whole_file
 from envs.pusht.geometry import coverage
 from envs.pusht.planner import PX_PER_RAD, SETTINGS, plan_episode
 from envs.pusht.scenes import ensure_images
 from envs.pusht_demos import read_attributes, write_zarr
+from envs.shared.demo_pool import check_output, check_processes, make_set, whole_file
 
 VERSION = 1  # raise it when the same arguments make other episodes
 STREAM = 0x64616767  # first word of every seed sequence: keeps ours apart from that of the demonstrations

@@ -17,10 +17,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from envs.pusht.geometry import CORNERS
 from envs.pusht.scenes import ensure_images, ensure_scenes, open_group, read_array
 from envs.pusht_demos import write_zarr
-from envs.rendered_zarr import write_rendered
 from envs.robomimic.expert import TASKS
 from envs.robomimic.hdf5 import demo_names
 from envs.robomimic_demos import ensure_demos
+from envs.shared.rendered_zarr import write_rendered
 
 VERSION = 1  # raise it when the same states get other labels
 MARGIN_PX, MARGIN_DEGREES = 2.0, 2.0  # scenes this close to another class have none

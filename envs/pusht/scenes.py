@@ -12,7 +12,7 @@ import zarr
 
 from envs.pusht.env import keypoints, render_states
 from envs.pusht.geometry import AGENT_RADIUS, ARENA, GOAL_ANGLE, GOAL_X, GOAL_Y, RECTANGLES
-from envs.rendered_zarr import CHUNK, write_rendered
+from envs.shared.rendered_zarr import CHUNK, write_rendered
 
 
 def sample_states(count, rng):

@@ -18,8 +18,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from envs.demo_pool import whole_file
 from envs.robomimic.backend import INSTALL
+from envs.shared.demo_pool import whole_file
 
 # Of the low-dimensional values what can be told from a state: robosuite's accelerations cannot.
 LOW_DIM = re.compile(

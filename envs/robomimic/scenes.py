@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.rendered_zarr import CHUNK, write_rendered
 from envs.robomimic.backend import rotation_matrix
 from envs.robomimic.env import CAMERAS, RobosuiteEnv
 from envs.robomimic.expert import TASKS, run_episode
+from envs.shared.rendered_zarr import CHUNK, write_rendered
 
 MM_PER_UNIT = 250  # of the targets
 CENTRES = {"lift": (0.0, 0.0, 0.85), "can": (0.1, 0.0, 0.9)}  # m, where targets are 0

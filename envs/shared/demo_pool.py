@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from envs.workers import start_worker
+from envs.shared.workers import start_worker
 
 
 def is_recovery(index, fraction):

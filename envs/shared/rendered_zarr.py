@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 from tqdm import tqdm
 
-from envs.workers import start_worker
+from envs.shared.workers import start_worker
 
 CHUNK = 256  # frames drawn by one job and stored together
 

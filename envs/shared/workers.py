@@ -21,7 +21,7 @@ from types import ModuleType
 from tqdm import tqdm
 
 from envs import close_env, make_env
-from envs.episode import Episode
+from envs.shared.episode import Episode
 
 TIMEOUT = 300.0  # s without an answer after which a worker counts as dead
 DEATHS = 3  # with this one the pool gives up
