@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from envs import make_env
-from eval.attention_pictures import plot_attention, plot_coverage, plot_pattern
+from eval.attention.pictures import plot_attention, plot_coverage, plot_pattern
 from eval.command import command
 from policy import load_encoder
 from policy.attention import fibottention_mask, shuffle_heads, wythoff_offsets

@@ -12,13 +12,16 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import attention, attention_error, attention_measure, attention_train
-from eval.attention_error import attention_inputs, encoder_at, measure_errors, measure_maps, relative_error, scenes
-from eval.attention_flops import FORMULAS, attention_flops
-from eval.attention_measure import layer_geometry, layer_inputs, make_call, measure, read_configs, refusal
-from eval.attention_page import html_page
-from eval.attention_plots import line_styles
-from eval.attention_tables import Results, csv_text, markdown, notes, tables
+from eval.attention import __main__ as attention
+from eval.attention import error as attention_error
+from eval.attention import measure as attention_measure
+from eval.attention import train as attention_train
+from eval.attention.error import attention_inputs, encoder_at, measure_errors, measure_maps, relative_error, scenes
+from eval.attention.flops import FORMULAS, attention_flops
+from eval.attention.measure import layer_geometry, layer_inputs, make_call, measure, read_configs, refusal
+from eval.attention.page import html_page
+from eval.attention.plots import line_styles
+from eval.attention.tables import Results, csv_text, markdown, notes, tables
 from policy import load_encoder
 from policy.attention import ATTENTIONS, build_attention, fibottention_mask
 from policy.attention.base import MultiHeadAttention

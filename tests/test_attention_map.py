@@ -7,9 +7,10 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from eval import attention_map, attention_pictures
+from eval import attention_map
+from eval.attention import pictures as attention_pictures
+from eval.attention.pictures import diagonals, head_colours, reach
 from eval.attention_map import encoder_weights, main, observation, parse_query, pattern_of
-from eval.attention_pictures import diagonals, head_colours, reach
 from policy.attention import build_attention, list_attentions, wythoff_offsets
 from policy.build import build_model
 from policy.checkpoint import load_encoder, save_checkpoint

@@ -11,12 +11,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
-from eval.attention_error import MAP_SIZE
-from eval.attention_measure import BASELINE
-from eval.attention_pictures import BLIND_COLOUR, tint
+from eval.attention.error import MAP_SIZE
+from eval.attention.measure import BASELINE
+from eval.attention.pictures import BLIND_COLOUR, tint
+from eval.attention.tables import Results, describe_settings
+from eval.attention.train import summarise
 from eval.attention_speed import spread_labels
-from eval.attention_tables import Results, describe_settings
-from eval.attention_train import summarise
 from eval.report_plots import DASHES, MARKERS
 
 GROUPS = {  # mechanisms that are alike share a colour of Okabe and Ito's palette

@@ -43,7 +43,7 @@ def attention_flops(module, tokens):
     if formula is None:
         allowed = ", ".join(kind.__name__ for kind in FORMULAS)
         raise ValueError(
-            f"FLOPs: got {type(module).__name__}, allowed: {allowed} (FORMULAS in eval/attention_flops.py)"
+            f"FLOPs: got {type(module).__name__}, allowed: {allowed} (FORMULAS in eval/attention/flops.py)"
         )
     width = module.proj.in_features // module.num_heads
     return formula(module, Size(module.num_heads, width, tokens, getattr(module, "prefix_tokens", 0)))

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from eval.attention_error import measure_errors, measure_maps
-from eval.attention_measure import BASELINE, describe, measure, own_time, read_configs
-from eval.attention_page import html_page
-from eval.attention_plots import plot_latency, plot_maps, plot_tradeoff, plot_training
+from eval.attention.error import measure_errors, measure_maps
+from eval.attention.measure import BASELINE, describe, measure, own_time, read_configs
+from eval.attention.page import html_page
+from eval.attention.plots import plot_latency, plot_maps, plot_tradeoff, plot_training
+from eval.attention.tables import COMPARED, csv_text, markdown
+from eval.attention.train import FIRST_SEED, configure, train
 from eval.attention_speed import DIRECTIONS
-from eval.attention_tables import COMPARED, csv_text, markdown
-from eval.attention_train import FIRST_SEED, configure, train
 from eval.classify_image import PRESETS
 from eval.command import command
 from eval.machine import check_positive, choose_device, describe_machine, fix_allocation

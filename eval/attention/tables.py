@@ -3,9 +3,9 @@
 import csv
 import io
 
-from eval.attention_measure import BASELINE
+from eval.attention.measure import BASELINE
+from eval.attention.train import summarise
 from eval.attention_speed import markdown_table, short
-from eval.attention_train import summarise
 
 COMPARED = (784, 3136)  # patches; time grows fourfold where it is linear
 STEEP = 1.5  # times linear growth, from which on a note says what grows

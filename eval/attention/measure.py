@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from eval.attention_flops import attention_flops
+from eval.attention.flops import attention_flops
 from eval.command import CONFIG
 from eval.machine import free_memory, interleaved_times, peak_memory, timed
 from policy.attention import build_attention

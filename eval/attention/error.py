@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from envs import make_env
+from eval.attention.measure import build, own_parameters
 from eval.attention_map import attention_inputs, load_vit
-from eval.attention_measure import build, own_parameters
 from eval.compose import ROOT
 from policy.build import build_model
 from policy.checkpoint import load_encoder_weights
