@@ -14,9 +14,9 @@ from fake_env import MADE, FakeEnv
 from PIL import Image
 
 import envs
-from eval import realtime as module
-from eval.realtime import main, realtime, report_timing, timing
-from eval.realtime_schedule import ChunkSchedule
+from eval.realtime import __main__ as module
+from eval.realtime.__main__ import main, realtime, report_timing, timing
+from eval.realtime.schedule import ChunkSchedule
 from policy.checkpoint import save_checkpoint
 
 HORIZON, OBS_STEPS, ACTION_STEPS = 8, 2, 4

@@ -23,8 +23,8 @@ from envs import close_env, make_env
 from envs.shared.episode import Episode
 from eval.command import command
 from eval.machine import choose_device, describe_machine
-from eval.realtime_plot import plot
-from eval.realtime_schedule import MODES, REPLAN, ChunkSchedule
+from eval.realtime.plot import plot
+from eval.realtime.schedule import MODES, REPLAN, ChunkSchedule
 from eval.rollout import describe, summarize, write_results
 from policy.checkpoint import load_policy
 from policy.samplers import SAMPLERS
