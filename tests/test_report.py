@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
 
-from eval import report
 from eval.intervals import mean_interval, rate_interval
-from eval.report_groups import estimate, group_runs, pooled_success, seed_interval, t_quantile
-from eval.report_plots import _side_by_side, plot_losses, plot_scores
-from eval.report_runs import read_lines, read_runs
+from eval.report import __main__ as report
+from eval.report.groups import estimate, group_runs, pooled_success, seed_interval, t_quantile
+from eval.report.plots import _side_by_side, plot_losses, plot_scores
+from eval.report.runs import read_lines, read_runs
 from eval.rollout import summarize
 from policy.build import build_model
 from policy.checkpoint import save_checkpoint

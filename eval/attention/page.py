@@ -3,7 +3,7 @@
 from html import escape
 
 from eval.attention.tables import describe_settings, notes, tables
-from eval.report_page import HEAD, html_table, paragraph, picture_of
+from eval.report.page import HEAD, html_table, paragraph, picture_of
 
 TITLE = "Attention mechanisms side by side"
 CAPTIONS = {

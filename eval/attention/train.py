@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from eval import classify, classify_image
-from eval.report_groups import seed_interval
+from eval.report.groups import seed_interval
 from policy.checkpoint import LAST
 
 FIRST_SEED = 42  # that of config/run.yaml

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from eval.command import command
-from eval.report_groups import group_runs, summarize_group
-from eval.report_page import html_page, markdown_page
-from eval.report_runs import read_runs
+from eval.report.groups import group_runs, summarize_group
+from eval.report.page import html_page, markdown_page
+from eval.report.runs import read_runs
 from eval.tracker import write_whole
 
 

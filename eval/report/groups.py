@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.intervals import rate_interval
-from eval.report_runs import SEEDS, Run
+from eval.report.runs import SEEDS, Run
 
 METRICS = {"score": ("score_mean", "score_ci95"), "success": ("success_rate", "success_ci95")}
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
-from eval.report_groups import METRICS, estimate, seed_interval
+from eval.report.groups import METRICS, estimate, seed_interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's palette
 DASHES = ("-", "--", ":", "-.")  # one line shows under another; with the colours different for 28 groups
