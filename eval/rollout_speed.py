@@ -3,7 +3,7 @@
 import time
 
 from envs import close_env, make_env
-from eval.rollout import rollout
+from eval.rollout.loop import rollout
 
 
 class DrawEveryStep:

@@ -24,7 +24,7 @@ from eval.attention_speed import markdown, markdown_table, measure_attention, pl
 from eval.command import command
 from eval.encoder_speed import cells, measure_encoder
 from eval.machine import check_choices, check_positive, choose_device, copy_bandwidth, describe_machine, fix_allocation
-from eval.rollout import loop_options
+from eval.rollout.loop import loop_options
 from eval.rollout_speed import cells as rollout_cells
 from eval.rollout_speed import measure_rollout
 from policy.attention.fibottention import BACKENDS, VARIANTS

@@ -13,8 +13,8 @@ import torch
 from omegaconf import OmegaConf
 
 import train  # also registers the resolvers of the configuration
-from eval import rollout
 from eval.command import check_types, command, known_values
+from eval.rollout import loop as rollout
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "config"

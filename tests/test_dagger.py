@@ -11,8 +11,8 @@ import zarr
 from test_trainer import assert_identical, everything
 
 from envs import CORRECTIONS
-from eval import dagger
-from eval.rollout import summarize
+from eval.rollout import dagger
+from eval.rollout.loop import summarize
 from policy.build import build_model, extend_dataset
 from policy.trainer import Trainer
 

@@ -19,7 +19,7 @@ from eval.report import __main__ as report
 from eval.report.groups import estimate, group_runs, pooled_success, seed_interval, t_quantile
 from eval.report.plots import _side_by_side, plot_losses, plot_scores
 from eval.report.runs import read_lines, read_runs
-from eval.rollout import summarize
+from eval.rollout.loop import summarize
 from policy.build import build_model
 from policy.checkpoint import save_checkpoint
 

@@ -16,7 +16,7 @@ import torch
 from envs import make_env
 from envs.shared import workers as module
 from envs.shared.workers import open_slots
-from eval.rollout import rollout
+from eval.rollout.loop import rollout
 from policy.build import build_model
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ class Report(NamedTuple):
 
     observation: dict | None  # {key: (To, ...)}
     row: dict | None = None  # what summary.json tells of it
-    film: dict | None = None  # an episode for ``eval.video.write_grid``
+    film: dict | None = None  # an episode for ``eval.rollout.video.write_grid``
     states: np.ndarray | None = None  # (steps + 1, S) float64 from the start to the end, for ``env.reset_to``
 
 

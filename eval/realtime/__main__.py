@@ -25,7 +25,7 @@ from eval.command import command
 from eval.machine import choose_device, describe_machine
 from eval.realtime.plot import plot
 from eval.realtime.schedule import MODES, REPLAN, ChunkSchedule
-from eval.rollout import describe, summarize, write_results
+from eval.rollout.loop import describe, summarize, write_results
 from policy.checkpoint import load_policy
 from policy.samplers import SAMPLERS
 

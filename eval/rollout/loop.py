@@ -17,7 +17,7 @@ from tqdm import tqdm
 from envs.shared.workers import open_slots
 from eval.command import command
 from eval.intervals import mean_interval, rate_interval
-from eval.video import write_grid
+from eval.rollout.video import write_grid
 from policy.checkpoint import load_policy
 from policy.samplers import SAMPLERS
 
@@ -81,7 +81,7 @@ def rollout(
     kernels round differently for different batch sizes, and for rows at the end of a batch, and contacts amplify that.
     Every call therefore has as many rows (free ones repeat another), and an episode always has the same one.
     env_options: {"name": ..., options} for ``envs.make_env``; videos: how many episodes are filmed.
-    Returns (summary as in summary.json, filmed episodes for ``eval.video.write_grid``) and, with ``states``, a third
+    Returns (summary as in summary.json, filmed episodes for ``eval.rollout.video.write_grid``) and, with ``states``, a third
     value: a row per episode as in the summary, with its visited "states" (steps + 1, S) float64. Raises ValueError for
     states of an environment that has none.
     """

@@ -9,7 +9,7 @@ import json
 import os
 
 from envs import CORRECTIONS, make_corrections
-from eval.rollout import describe, rollout
+from eval.rollout.loop import describe, rollout
 
 
 def check_dagger(options):
