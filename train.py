@@ -25,11 +25,11 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from envs import close_env, make_env
-from eval.command import check_types, command
-from eval.compose import locate_data  # and the resolvers of the configuration
 from eval.rollout.dagger import check_dagger, fit_with_corrections
 from eval.rollout.loop import describe, rollout, write_results
-from eval.tracker import record
+from eval.shared.command import check_types, command
+from eval.shared.compose import locate_data  # and the resolvers of the configuration
+from eval.shared.tracker import record
 from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
 from policy.checkpoint import load_checkpoint, load_encoder_weights, load_model
 from policy.dataset.replay_buffer import open_zarr

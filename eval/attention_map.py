@@ -15,7 +15,7 @@ from PIL import Image
 
 from envs import make_env
 from eval.attention.pictures import plot_attention, plot_coverage, plot_pattern
-from eval.command import command
+from eval.shared.command import command
 from policy import load_encoder
 from policy.attention import fibottention_mask, shuffle_heads, wythoff_offsets
 from policy.attention.fibottention import VARIANTS, FibottentionAttention

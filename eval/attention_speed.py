@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval.machine import compare, free_memory
+from eval.shared.machine import compare, free_memory
 from policy.attention import fibottention, fibottention_mask, wythoff_offsets
 from policy.attention.fibottention import diagonal_table, pattern_density
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from envs import make_data
-from eval import classify
-from eval.classify_plots import plot_examples
-from eval.command import command
+from eval.shared import classify
+from eval.shared.classify_plots import plot_examples
+from eval.shared.command import command
 from policy.dataset.image_sources import open_images
 from policy.dataset.images import ImageDataset
 from policy.dataset.labelled import open_labelled

@@ -11,9 +11,9 @@ import argparse
 import time
 
 from envs import make_data
-from eval import classify
-from eval.command import command
-from eval.compose import ROOT
+from eval.shared import classify
+from eval.shared.command import command
+from eval.shared.compose import ROOT
 from policy.dataset.labelled import open_labelled
 from policy.dataset.videos import VideoDataset, open_videos
 

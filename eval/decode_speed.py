@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from eval.machine import check_positive
+from eval.shared.machine import check_positive
 from policy.dataset.image_sources import open_images
 from policy.dataset.images import ImageDataset
 from policy.dataset.videos import VideoDataset

@@ -4,7 +4,7 @@ import timm
 import torch
 from tqdm import tqdm
 
-from eval.machine import compare
+from eval.shared.machine import compare
 from policy.encoder.vit import ViTEncoder
 
 DIRECTIONS = ("forward", "forward+backward")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from eval import sequence
-from eval.command import command
-from eval.tracker import write_whole
+from eval.shared import sequence
+from eval.shared.command import command
+from eval.shared.tracker import write_whole
 from policy.checkpoint import load_model
 from policy.dataset.text import TokenWindows, text_parts
 from policy.dataset.tokens import learn_tokens, load_tokens

@@ -21,12 +21,19 @@ import torch
 
 from eval import decode_speed, load_speed, sample_speed, train_speed
 from eval.attention_speed import markdown, markdown_table, measure_attention, plot
-from eval.command import command
 from eval.encoder_speed import cells, measure_encoder
-from eval.machine import check_choices, check_positive, choose_device, copy_bandwidth, describe_machine, fix_allocation
 from eval.rollout.loop import loop_options
 from eval.rollout_speed import cells as rollout_cells
 from eval.rollout_speed import measure_rollout
+from eval.shared.command import command
+from eval.shared.machine import (
+    check_choices,
+    check_positive,
+    choose_device,
+    copy_bandwidth,
+    describe_machine,
+    fix_allocation,
+)
 from policy.attention.fibottention import BACKENDS, VARIANTS
 from policy.checkpoint import load_policy
 

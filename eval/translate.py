@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eval import sequence
-from eval.command import command
-from eval.tracker import write_whole
+from eval.shared import sequence
+from eval.shared.command import command
+from eval.shared.tracker import write_whole
 from policy.checkpoint import load_model
 from policy.dataset.parallel import PairBatches, open_pairs, split_pairs
 from policy.dataset.tokens import learn_tokens, load_tokens

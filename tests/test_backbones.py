@@ -16,7 +16,7 @@ from torch import nn
 
 import train
 from eval import classify_image
-from eval.compose import compose
+from eval.shared.compose import compose
 from policy.attention import list_attentions, shuffle_heads, wythoff_offsets
 from policy.build import build_model
 from policy.checkpoint import load_encoder, load_encoder_weights, save_checkpoint

@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import train
-from eval import classify, classify_image, classify_video
-from eval.command import CONFIG
-from eval.compose import compose_at
+from eval import classify_image, classify_video
+from eval.shared import classify
+from eval.shared.command import CONFIG
+from eval.shared.compose import compose_at
 from policy.build import build_model
 from policy.checkpoint import load_encoder, load_model, save_checkpoint
 

@@ -13,8 +13,8 @@ import torch
 from omegaconf import OmegaConf
 
 import train  # also registers the resolvers of the configuration
-from eval.command import check_types, command, known_values
 from eval.rollout import loop as rollout
+from eval.shared.command import check_types, command, known_values
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "config"

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from PIL import Image
 
-from eval import language, sequence
-from eval.compose import compose_at
+from eval import language
+from eval.shared import sequence
+from eval.shared.compose import compose_at
 from policy.attention import ATTENTIONS, build_attention
 from policy.build import build_model
 from policy.checkpoint import load_model

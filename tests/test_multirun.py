@@ -19,8 +19,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import train
-from eval.command import command
-from eval.tracker import open_tracker
+from eval.shared.command import command
+from eval.shared.tracker import open_tracker
 
 ROOT = Path(__file__).parent.parent
 

@@ -66,7 +66,7 @@ def torchrun(run_dir, *, processes=2, **options):
     code = (
         "import sys; sys.path[:0] = ['.', 'tests']\n"
         "import conftest, test_processes\n"
-        "from eval.command import command\n"  # as train.py ends
+        "from eval.shared.command import command\n"  # as train.py ends
         f"command(test_processes.train)({str(run_dir)!r}, **{options!r})\n"
     )
     script = Path(run_dir).with_suffix(".py")

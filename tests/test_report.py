@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
 
-from eval.intervals import mean_interval, rate_interval
 from eval.report import __main__ as report
 from eval.report.groups import estimate, group_runs, pooled_success, seed_interval, t_quantile
 from eval.report.plots import _side_by_side, plot_losses, plot_scores
 from eval.report.runs import read_lines, read_runs
 from eval.rollout.loop import summarize
+from eval.shared.intervals import mean_interval, rate_interval
 from policy.build import build_model
 from policy.checkpoint import save_checkpoint
 

@@ -15,8 +15,9 @@ import torch
 import zarr
 from PIL import Image
 
-from eval import attention_speed, encoder_speed, load_speed, machine, sample_speed, speed, train_speed
+from eval import attention_speed, encoder_speed, load_speed, sample_speed, speed, train_speed
 from eval.attention_speed import COLOURS, DIRECTIONS, attention_methods, flex_method, reference_errors
+from eval.shared import machine
 from policy.attention import fibottention, fibottention_mask, wythoff_offsets
 from policy.attention.fibottention import diagonal_table, pattern_density
 from policy.build import build_model, cache_features

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import train
-from eval.command import check_types
+from eval.shared.command import check_types
 from policy.build import build_model
 from policy.checkpoint import save_checkpoint
 from policy.dataset.replay_buffer import open_zarr

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from eval import translate
-from eval.compose import compose_at
+from eval.shared.compose import compose_at
 from policy.attention import list_attentions
 from policy.build import build_model
 from policy.checkpoint import load_model

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from envs import make_env
 from eval.attention.measure import build, own_parameters
 from eval.attention_map import attention_inputs, load_vit
-from eval.compose import ROOT
+from eval.shared.compose import ROOT
 from policy.build import build_model
 from policy.checkpoint import load_encoder_weights
 

@@ -7,8 +7,9 @@ import numpy as np
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from eval import classify, classify_image
+from eval import classify_image
 from eval.report.groups import seed_interval
+from eval.shared import classify
 from policy.checkpoint import LAST
 
 FIRST_SEED = 42  # that of config/run.yaml

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from envs import close_env, make_env
 from envs.shared.episode import Episode
-from eval.command import command
-from eval.machine import choose_device, describe_machine
 from eval.realtime.plot import plot
 from eval.realtime.schedule import MODES, REPLAN, ChunkSchedule
 from eval.rollout.loop import describe, summarize, write_results
+from eval.shared.command import command
+from eval.shared.machine import choose_device, describe_machine
 from policy.checkpoint import load_policy
 from policy.samplers import SAMPLERS
 

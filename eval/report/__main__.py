@@ -13,11 +13,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from eval.command import command
 from eval.report.groups import group_runs, summarize_group
 from eval.report.page import html_page, markdown_page
 from eval.report.runs import read_runs
-from eval.tracker import write_whole
+from eval.shared.command import command
+from eval.shared.tracker import write_whole
 
 
 def report(paths, output, *, max_video=8e6, command="python -m eval.report"):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.intervals import rate_interval
 from eval.report.runs import SEEDS, Run
+from eval.shared.intervals import rate_interval
 
 METRICS = {"score": ("score_mean", "score_ci95"), "success": ("success_rate", "success_ci95")}
 

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from envs.shared.workers import open_slots
-from eval.command import command
-from eval.intervals import mean_interval, rate_interval
 from eval.rollout.video import write_grid
+from eval.shared.command import command
+from eval.shared.intervals import mean_interval, rate_interval
 from policy.checkpoint import load_policy
 from policy.samplers import SAMPLERS
 

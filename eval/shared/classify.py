@@ -13,10 +13,10 @@ from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from eval.classify_plots import plot_comparison, plot_confusion
-from eval.compose import ROOT, compose_at
-from eval.intervals import rate_interval
-from eval.tracker import record, write_whole
+from eval.shared.classify_plots import plot_comparison, plot_confusion
+from eval.shared.compose import ROOT, compose_at
+from eval.shared.intervals import rate_interval
+from eval.shared.tracker import record, write_whole
 from policy.build import build_model
 from policy.checkpoint import LAST, load_checkpoint, load_encoder, load_encoder_weights, load_weights
 from policy.trainer import Trainer, to_tensors, uses_cpu

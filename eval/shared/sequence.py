@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from eval.classify import stored
-from eval.compose import compose_at
-from eval.tracker import record, write_whole
+from eval.shared.classify import stored
+from eval.shared.compose import compose_at
+from eval.shared.tracker import record, write_whole
 from policy.build import build_model
 from policy.curves import read_metrics
 from policy.trainer import Trainer

@@ -7,7 +7,7 @@ import hydra
 from omegaconf import OmegaConf
 
 from envs import make_data
-from eval.command import CONFIG, check_types, nearest
+from eval.shared.command import CONFIG, check_types, nearest
 from policy.dataset.robomimic import ensure_zarr
 
 ROOT = CONFIG.parent
