@@ -9,7 +9,7 @@ import torch
 import zarr
 from torch.utils.data import DataLoader, default_collate
 
-from eval.plain import (
+from eval.speed.reference import (
     PlainAttention,
     PlainDataset,
     plain_loss,
@@ -19,7 +19,7 @@ from eval.plain import (
     plain_unet,
     sharing,
 )
-from eval.train_speed import Step
+from eval.speed.train import Step
 from policy.build import build_model
 from policy.dataset import ReplayBuffer, epoch_order
 from policy.trainer import Trainer

@@ -6,8 +6,9 @@ import fake_env
 import pytest
 import tiny
 
-from eval import rollout_speed, speed
-from eval.rollout_speed import DrawEveryStep, measure_rollout
+from eval.speed import __main__ as speed
+from eval.speed import rollout as rollout_speed
+from eval.speed.rollout import DrawEveryStep, measure_rollout
 from policy.checkpoint import save_checkpoint
 
 ENV = {"name": "fake_env:FakeEnv"}

@@ -15,9 +15,14 @@ import torch
 import zarr
 from PIL import Image
 
-from eval import attention_speed, encoder_speed, load_speed, sample_speed, speed, train_speed
-from eval.attention_speed import COLOURS, DIRECTIONS, attention_methods, flex_method, reference_errors
 from eval.shared import machine
+from eval.speed import __main__ as speed
+from eval.speed import attention as attention_speed
+from eval.speed import encoder as encoder_speed
+from eval.speed import load as load_speed
+from eval.speed import sample as sample_speed
+from eval.speed import train as train_speed
+from eval.speed.attention import COLOURS, DIRECTIONS, attention_methods, flex_method, reference_errors
 from policy.attention import fibottention, fibottention_mask, wythoff_offsets
 from policy.attention.fibottention import diagonal_table, pattern_density
 from policy.build import build_model, cache_features
@@ -649,7 +654,7 @@ def test_a_batch_needs_enough_windows(tmp_path, pusht_zarr, capsys):
 
 def test_decoding_is_measured_for_each_kind_and_number_of_processes(tmp_path, monkeypatch, capsys):
     for name, value in {"IMAGES": 8, "VIDEOS": 1, "FRAMES": 70}.items():
-        monkeypatch.setattr(f"eval.decode_speed.{name}", value)
+        monkeypatch.setattr(f"eval.speed.decode.{name}", value)
     speed.main(["decode", "--workers", "1", "0", "--batch", "4", "--seconds", "0.05", "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert [row["workers"] for row in rows] == [0, 1] * 3 and len({row["kind"] for row in rows}) == 3

@@ -21,11 +21,11 @@ from eval.attention.page import html_page
 from eval.attention.plots import plot_latency, plot_maps, plot_tradeoff, plot_training
 from eval.attention.tables import COMPARED, csv_text, markdown
 from eval.attention.train import FIRST_SEED, configure, train
-from eval.attention_speed import DIRECTIONS
 from eval.classify_image import PRESETS
 from eval.shared.command import command
 from eval.shared.machine import check_positive, choose_device, describe_machine, fix_allocation
 from eval.shared.tracker import write_whole
+from eval.speed.attention import DIRECTIONS
 
 PATCHES = [64, 196, 400, 784, 1568, 3136, 6272]
 QUICK = [64, 196, 784, 3136]

@@ -16,8 +16,8 @@ from eval.attention.measure import BASELINE
 from eval.attention.pictures import BLIND_COLOUR, tint
 from eval.attention.tables import Results, describe_settings
 from eval.attention.train import summarise
-from eval.attention_speed import spread_labels
 from eval.report.plots import DASHES, MARKERS
+from eval.speed.attention import spread_labels
 
 GROUPS = {  # mechanisms that are alike share a colour of Okabe and Ito's palette
     "#000000": ("softmax", "ra"),

@@ -5,7 +5,7 @@ import io
 
 from eval.attention.measure import BASELINE
 from eval.attention.train import summarise
-from eval.attention_speed import markdown_table, short
+from eval.speed.attention import markdown_table, short
 
 COMPARED = (784, 3136)  # patches; time grows fourfold where it is linear
 STEEP = 1.5  # times linear growth, from which on a note says what grows

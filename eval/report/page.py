@@ -4,9 +4,9 @@ import base64
 import os
 from html import escape
 
-from eval.attention_speed import markdown_table
 from eval.report.groups import shown, summarize_group
 from eval.report.plots import plot_losses, plot_scores
+from eval.speed.attention import markdown_table
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 75rem; margin: 2rem auto;

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from eval.plain import PlainDataset
 from eval.shared.compose import compose, locate_data
 from eval.shared.machine import check_choices, check_positive, peak_memory, resident_memory
+from eval.speed.reference import PlainDataset
 from policy.build import build_datasets, place_buffer
 from policy.dataset import epoch_order
 from policy.trainer import to_tensors

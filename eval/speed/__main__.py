@@ -19,12 +19,7 @@ from pathlib import Path
 
 import torch
 
-from eval import decode_speed, load_speed, sample_speed, train_speed
-from eval.attention_speed import markdown, markdown_table, measure_attention, plot
-from eval.encoder_speed import cells, measure_encoder
 from eval.rollout.loop import loop_options
-from eval.rollout_speed import cells as rollout_cells
-from eval.rollout_speed import measure_rollout
 from eval.shared.command import command
 from eval.shared.machine import (
     check_choices,
@@ -34,10 +29,18 @@ from eval.shared.machine import (
     describe_machine,
     fix_allocation,
 )
+from eval.speed import decode as decode_speed
+from eval.speed import load as load_speed
+from eval.speed import sample as sample_speed
+from eval.speed import train as train_speed
+from eval.speed.attention import markdown, markdown_table, measure_attention, plot
+from eval.speed.encoder import cells, measure_encoder
+from eval.speed.rollout import cells as rollout_cells
+from eval.speed.rollout import measure_rollout
 from policy.attention.fibottention import BACKENDS, VARIANTS
 from policy.checkpoint import load_policy
 
-PLAIN = {  # beside the plain way of eval/plain.py
+PLAIN = {  # beside the plain way of eval/speed/reference.py
     "sample": (sample_speed, "drawing action chunks"),
     "train": (train_speed, "a training step"),
     "load": (load_speed, "loading demonstrations"),

@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.plain import PlainDataset, plain_loss, plain_policy, plain_training_step, sharing
-from eval.sample_speed import PRECISIONS, random_policy, share_cell, time_cells
 from eval.shared.compose import locate_data
 from eval.shared.machine import check_positive, compare, multiply_rate
+from eval.speed.reference import PlainDataset, plain_loss, plain_policy, plain_training_step, sharing
+from eval.speed.sample import PRECISIONS, random_policy, share_cell, time_cells
 from policy.build import build_datasets, cache_features, place_buffer
 from policy.dataset import epoch_order
 from policy.ema import EMA

@@ -6,9 +6,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from eval.plain import plain_condition, plain_loop, plain_policy, plain_sample, sharing
 from eval.shared.compose import compose
 from eval.shared.machine import check_positive, compare, multiply_rate, read_bandwidth
+from eval.speed.reference import plain_condition, plain_loop, plain_policy, plain_sample, sharing
 from policy.build import build_model
 from policy.checkpoint import load_policy
 from policy.samplers import sampling_steps
