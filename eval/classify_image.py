@@ -17,8 +17,8 @@ from envs import make_data
 from eval.shared import classify
 from eval.shared.classify_plots import plot_examples
 from eval.shared.command import command
-from policy.dataset.image_sources import open_images
-from policy.dataset.images import ImageDataset
+from policy.dataset.image.dataset import ImageDataset
+from policy.dataset.image.sources import open_images
 from policy.dataset.labelled import open_labelled
 from policy.trainer import to_tensors
 

@@ -15,7 +15,7 @@ from eval.shared import classify
 from eval.shared.command import command
 from eval.shared.compose import ROOT
 from policy.dataset.labelled import open_labelled
-from policy.dataset.videos import VideoDataset, open_videos
+from policy.dataset.video.dataset import VideoDataset, open_videos
 
 PRESETS = ("cpu", "small", "paper", "smarthome", "ntu", "nucla")
 UNUSED = ("sampling", "jitter", "flip", "temporal_views", "spatial_views", "workers", "root", "num_classes")

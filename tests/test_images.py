@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 
-from policy.dataset import image_sources, images
-from policy.dataset.image_sources import CIFAR, open_images
-from policy.dataset.images import ImageDataset
+from policy.dataset.image import dataset as images
+from policy.dataset.image import sources as image_sources
+from policy.dataset.image.dataset import ImageDataset
+from policy.dataset.image.sources import CIFAR, open_images
 from policy.dataset.stream import GRACE, seed_generators, stream_batches
 
 ROOT = Path(__file__).parent.parent
@@ -714,7 +715,7 @@ def test_workers_end_some_time_after_a_sigterm(monkeypatch):
 def test_workers_end_with_a_killed_parent():
     program = (
         "import itertools, os\n"
-        "from policy.dataset.images import stream_batches\n"
+        "from policy.dataset.image.dataset import stream_batches\n"
         "stream = stream_batches(lambda request: os.getpid(), itertools.count(), workers=2)\n"
         "print(next(stream), next(stream), flush=True)\n"
         "input()\n"

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import zarr
 
-import policy.dataset.robomimic as robomimic
 from policy.dataset.replay_buffer import ReplayBuffer
-from policy.dataset.robomimic import convert, ensure_zarr, main
-from policy.dataset.rotation import matrix_to_6d, matrix_to_rotvec, rotvec_to_matrix
+from policy.dataset.robomimic import convert as robomimic
+from policy.dataset.robomimic.convert import convert, ensure_zarr, main
+from policy.dataset.robomimic.rotation import matrix_to_6d, matrix_to_rotvec, rotvec_to_matrix
 
 ROOT = Path(__file__).parent.parent
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")

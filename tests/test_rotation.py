@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from policy.dataset.rotation import matrix_to_6d, matrix_to_rotvec, quat_to_matrix, rotvec_to_matrix, sixd_to_matrix
+from policy.dataset.robomimic.rotation import (
+    matrix_to_6d,
+    matrix_to_rotvec,
+    quat_to_matrix,
+    rotvec_to_matrix,
+    sixd_to_matrix,
+)
 
 Rotation = pytest.importorskip("scipy.spatial.transform").Rotation  # comes with robosuite only
 

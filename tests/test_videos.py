@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from policy.dataset import video_decode, videos
-from policy.dataset.video_decode import clip_positions, declared_size, frame_index, read_clip
-from policy.dataset.videos import VideoDataset, open_videos, read_csv, scale_short_side, spatial_crops
+from policy.dataset.video import dataset as videos
+from policy.dataset.video import decode as video_decode
+from policy.dataset.video.dataset import VideoDataset, open_videos, read_csv, scale_short_side, spatial_crops
+from policy.dataset.video.decode import clip_positions, declared_size, frame_index, read_clip
 
 COUNT = 48
 

@@ -12,9 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.shared.machine import check_positive
-from policy.dataset.image_sources import open_images
-from policy.dataset.images import ImageDataset
-from policy.dataset.videos import VideoDataset
+from policy.dataset.image.dataset import ImageDataset
+from policy.dataset.image.sources import open_images
+from policy.dataset.video.dataset import VideoDataset
 
 SHIFTS = {"crop": "pad", "flip": 0.5}  # as config/image/preset/cpu.yaml
 RECIPE = {"crop": "resized", "flip": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1", "erase": 0.25}  # as paper.yaml

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policy.dataset.rotation import matrix_to_6d, quat_to_matrix, rotvec_to_matrix
+from policy.dataset.robomimic.rotation import matrix_to_6d, quat_to_matrix, rotvec_to_matrix
 
 TOLERANCE = 1e-6  # by which a delta may leave the range that the controller clips it to
 ORIENTATIONS = ("axisangle", "euler", "xyaxes", "zaxis")  # the ways of MuJoCo's XML beside quat

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from policy.dataset.stream import stream_batches
-from policy.dataset.video_decode import SAMPLINGS, clip_positions, frame_index, read_clip
+from policy.dataset.video.decode import SAMPLINGS, clip_positions, frame_index, read_clip
 from policy.encoder.observation import to_unit
 
 HEADERS = (["path", "label"], ["path", "pose", "label"])

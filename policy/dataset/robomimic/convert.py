@@ -22,8 +22,8 @@ import zarr
 from numcodecs import Blosc
 from tqdm import tqdm
 
-from policy.dataset.robomimic_actions import absolute_actions, num_arms, read_controllers
-from policy.dataset.robomimic_layout import finite, read_layout, reading
+from policy.dataset.robomimic.actions import absolute_actions, num_arms, read_controllers
+from policy.dataset.robomimic.layout import finite, read_layout, reading
 
 ACTIONS = ("absolute", "recorded")
 CHUNK = 64  # frames of images compressed together
