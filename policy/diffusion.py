@@ -1,7 +1,7 @@
 """Diffusion policy: a DDPM over action chunks, conditioned on encoded observations.
 
 Sources: Diffusion Policy (arXiv 2303.04137), DDPM (arXiv 2006.11239), and Crossway (arXiv 2307.01849) for the decoder.
-Noise is added by diffusers' scheduler; samplers: policy/samplers.py. Time table of a chunk: policy/dataset/windows.py.
+Noise is added by diffusers' scheduler; samplers: policy/denoiser/samplers.py. Time table of a chunk: policy/dataset/windows.py.
 """
 
 import math
@@ -12,11 +12,11 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from policy.decoder import build_decoder
-from policy.denoising import DenoisingLoop
+from policy.denoiser.loop import DenoisingLoop
+from policy.denoiser.samplers import PREDICTIONS, sampling_steps
+from policy.denoiser.unet1d import ConditionalUNet1D
 from policy.encoder.observation import ObservationEncoder, to_unit
 from policy.normalizer import Normalizer
-from policy.samplers import PREDICTIONS, sampling_steps
-from policy.unet1d import ConditionalUNet1D
 
 WARM_START = 0.5  # share of the sampling steps that refine the rest of the previous chunk
 
@@ -106,7 +106,7 @@ class DiffusionPolicy(nn.Module):
             raise ValueError(f"action.relative_to: got {self.relative_to!r}, allowed: null or one of {keys}")
 
     def set_sampler(self, name=None, num_inference_steps=None):
-        """Sample with ``name`` (policy.samplers.SAMPLERS) in as many steps; what is not given stays as it is.
+        """Sample with ``name`` (policy.denoiser.samplers.SAMPLERS) in as many steps; what is not given stays as it is.
 
         Training does not depend on it. Raises ValueError for an unknown name or impossible number.
         """

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from policy.attention.fibottention import FibottentionAttention
 from policy.checkpoint import find_checkpoint, load_checkpoint, load_policy, save_checkpoint
-from policy.samplers import sampling_steps
+from policy.denoiser.samplers import sampling_steps
 
 GRAPHS_FORMAT = "fibottention-graphs-1"
 HALF_SIZE = 4096  # entries from which a tensor is stored in half precision; ranges of the normaliser stay exact

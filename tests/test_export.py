@@ -17,10 +17,10 @@ import torch
 from policy import load_policy
 from policy.build import build_model
 from policy.checkpoint import load_checkpoint, save_checkpoint
+from policy.denoiser.samplers import sampling_steps
 from policy.export import export
 from policy.export import main as export_command
 from policy.onnx_runtime import OnnxPolicy
-from policy.samplers import sampling_steps
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "pretrained" / "pusht_policy.safetensors"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from policy import numba_compile, unet1d_cpu, unet1d_kernels
-from policy.denoising import Weights
-from policy.unet1d import ConditionalUNet1D
+from policy.denoiser.loop import Weights
+from policy.denoiser.unet1d import ConditionalUNet1D
 from policy.unet1d_cpu import PackedUNet, why_not
 
 pytestmark = pytest.mark.usefixtures("without_gradients")

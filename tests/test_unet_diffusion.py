@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from policy.build import build_model, cache_features
+from policy.denoiser.unet1d import ConditionalUNet1D, SinusoidalEmbedding
 from policy.trainer import to_tensors
-from policy.unet1d import ConditionalUNet1D, SinusoidalEmbedding
 
 # U-Net -----------------------------------------------------------------------------------------------------------
 

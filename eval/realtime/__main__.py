@@ -27,7 +27,7 @@ from eval.rollout.loop import describe, summarize, write_results
 from eval.shared.command import command
 from eval.shared.machine import choose_device, describe_machine
 from policy.checkpoint import load_policy
-from policy.samplers import SAMPLERS
+from policy.denoiser.samplers import SAMPLERS
 
 LATE = 0.1  # share of a period
 RECENT = 10  # inferences whose longest is what the next one is expected to take (arXiv 2506.07339, algorithm 1)

@@ -19,7 +19,7 @@ from eval.rollout.video import write_grid
 from eval.shared.command import command
 from eval.shared.intervals import mean_interval, rate_interval
 from policy.checkpoint import load_policy
-from policy.samplers import SAMPLERS
+from policy.denoiser.samplers import SAMPLERS
 
 
 class Running:

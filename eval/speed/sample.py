@@ -11,7 +11,7 @@ from eval.shared.machine import check_positive, compare, multiply_rate, read_ban
 from eval.speed.reference import plain_condition, plain_loop, plain_policy, plain_sample, sharing
 from policy.build import build_model
 from policy.checkpoint import load_policy
-from policy.samplers import sampling_steps
+from policy.denoiser.samplers import sampling_steps
 
 SAMPLERS = {"ddpm": 100, "ddim": 10, "dpmpp_2m": 8}  # steps of each
 OURS = {"ours fp32": {}, "ours bf16": {"precision": "bf16"}}

@@ -11,7 +11,7 @@ from policy.unet1d_cpu import PackedUNet, why_not
 
 
 class DenoisingLoop:
-    """Runs a denoiser (ConditionalUNet1D) over sampling steps (policy.samplers.Step).
+    """Runs a denoiser (ConditionalUNet1D) over sampling steps (policy.denoiser.samplers.Step).
 
     clip: clean actions are clipped to [-1, 1]. packed_weights: None, or how the CPU kernels for few rows hold the
     weights, "float32" or "bfloat16" (policy.unet1d_cpu). cuda_graph: capture the loop once for each batch size.
