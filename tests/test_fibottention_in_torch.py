@@ -19,15 +19,12 @@ from fibottention_reference import BACKENDS, HEADS, attended, bitwise, build, ea
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from policy import numba_tools
-from policy.attention import (
-    fibottention,
-    fibottention_cpu,
-    fibottention_mask,
-    fibottention_tiles,
-)
+from policy.attention import fibottention, fibottention_mask
 from policy.attention.fibottention import diagonal_table
-from policy.attention.fibottention_sparse import sparse_backward, sparse_forward
+from policy.kernels import fibottention_cpu
+from policy.kernels import fibottention_numba as fibottention_tiles
+from policy.kernels import vector as numba_tools
+from policy.kernels.fibottention import sparse_backward, sparse_forward
 
 ROOT = Path(__file__).parent.parent
 

@@ -30,14 +30,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from policy import numba_tools
-from policy.attention import (
-    fibottention,
-    fibottention_cpu,
-    shuffle_heads,
-    wythoff_offsets,
-)
+from policy.attention import fibottention, shuffle_heads, wythoff_offsets
 from policy.attention.fibottention import diagonal_table
+from policy.kernels import fibottention_cpu
+from policy.kernels import vector as numba_tools
 
 WIDTHS = (1, 8, 16, 20, 64)
 

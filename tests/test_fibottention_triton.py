@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from policy.attention import fibottention, wythoff_offsets
-from policy.attention import fibottention_triton as kernels
+from policy.kernels import fibottention_triton as kernels
 
 pytest.importorskip("triton")
 

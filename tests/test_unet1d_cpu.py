@@ -6,10 +6,12 @@ import numba.core.caching
 import pytest
 import torch
 
-from policy import numba_compile, unet1d_cpu, unet1d_kernels
 from policy.denoiser.loop import Weights
 from policy.denoiser.unet1d import ConditionalUNet1D
-from policy.unet1d_cpu import PackedUNet, why_not
+from policy.kernels import compile as numba_compile
+from policy.kernels import unet1d as unet1d_cpu
+from policy.kernels import unet1d_numba as unet1d_kernels
+from policy.kernels.unet1d import PackedUNet, why_not
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from policy.attention.base import MultiHeadAttention
-from policy.attention.fibottention_sparse import backend_for, sparse_forward, why_not
 from policy.attention.windows import masked_softmax
+from policy.kernels.fibottention import backend_for, sparse_forward, why_not
 
 VARIANTS = ("paper", "robot")
 MASKED_SCORES = ("zero", "exclude")

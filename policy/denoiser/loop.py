@@ -7,14 +7,14 @@ exact, since a block's FiLM is a sum of the two. The numbers of the sampler are 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from policy.unet1d_cpu import PackedUNet, why_not
+from policy.kernels.unet1d import PackedUNet, why_not
 
 
 class DenoisingLoop:
     """Runs a denoiser (ConditionalUNet1D) over sampling steps (policy.denoiser.samplers.Step).
 
     clip: clean actions are clipped to [-1, 1]. packed_weights: None, or how the CPU kernels for few rows hold the
-    weights, "float32" or "bfloat16" (policy.unet1d_cpu). cuda_graph: capture the loop once for each batch size.
+    weights, "float32" or "bfloat16" (policy.kernels.unet1d). cuda_graph: capture the loop once for each batch size.
     """
 
     def __init__(self, *, clip):

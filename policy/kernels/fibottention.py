@@ -5,8 +5,8 @@ Being operators with known shapes they pass through torch.compile, torch.export,
 
 import torch
 
-from policy.attention import fibottention_cpu, fibottention_triton
-from policy.attention.layout import empty_gradients, empty_output
+from policy.kernels import fibottention_cpu, fibottention_triton
+from policy.kernels.layout import empty_gradients, empty_output
 
 KERNELS = {"cpu": fibottention_cpu, "triton": fibottention_triton}
 

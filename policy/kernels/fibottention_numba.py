@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from policy.numba_tools import (
+from policy.kernels.vector import (
     LANES,
     add_four_rows,
     bits32_array,

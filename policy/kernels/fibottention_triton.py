@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from policy.attention.layout import empty_gradients, empty_output
+from policy.kernels.layout import empty_gradients, empty_output
 
 try:
     import triton

@@ -1,4 +1,4 @@
-"""The compiled half of policy/unet1d_cpu.py: one call runs a whole U-Net step, which is a list of operations.
+"""The compiled half of policy/kernels/unet1d.py: one call runs a whole U-Net step, which is a list of operations.
 
 At few rows (batch x horizon) a convolution is as fast as its weights can be read, so each is laid out to be read once,
 from front to back: (blocks of LANES output channels, tap, input channel, LANES). Its input stands ready as (sample,
@@ -20,9 +20,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from policy import numba_tools
-from policy.numba_compile import compile_function, sources
-from policy.numba_tools import (
+from policy.kernels import vector as numba_tools
+from policy.kernels.compile import compile_function, sources
+from policy.kernels.vector import (
     LANES,
     compiled,
     exp,

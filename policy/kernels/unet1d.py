@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from policy import unet1d_kernels as kernels
-from policy.numba_compile import openmp
-from policy.numba_tools import LANES
+from policy.kernels import unet1d_numba as kernels
+from policy.kernels.compile import openmp
+from policy.kernels.vector import LANES
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS_LIMIT = 512  # batch x horizon up to which the kernels were faster than torch wherever measured

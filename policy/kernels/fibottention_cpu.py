@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numba import types
 
-from policy import numba_tools
-from policy.attention import fibottention_tiles as tiles
-from policy.attention.layout import empty_gradients, empty_output
-from policy.numba_compile import compile_function, openmp, sources
-from policy.numba_tools import LANES
+from policy.kernels import fibottention_numba as tiles
+from policy.kernels import vector as numba_tools
+from policy.kernels.compile import compile_function, openmp, sources
+from policy.kernels.layout import empty_gradients, empty_output
+from policy.kernels.vector import LANES
 
 MAX_HEAD_WIDTH = 128
 DTYPES = (torch.float32, torch.bfloat16)
