@@ -33,7 +33,7 @@ from eval.shared.tracker import record
 from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
 from policy.checkpoint import load_checkpoint, load_encoder_weights, load_model
 from policy.dataset.replay_buffer import open_zarr
-from policy.trainer import Trainer, uses_cpu
+from policy.training.trainer import Trainer, uses_cpu
 
 ROOT = Path(__file__).resolve().parent
 WAIT = timedelta(hours=4)  # of the other processes, while the first one renders or rolls out alone

@@ -20,7 +20,7 @@ from eval.shared.command import command
 from policy.dataset.image.dataset import ImageDataset
 from policy.dataset.image.sources import open_images
 from policy.dataset.labelled import open_labelled
-from policy.trainer import to_tensors
+from policy.training.trainer import to_tensors
 
 PRESETS = ("cpu", "small", "paper", "pusht")  # pusht: the default of embedded tasks from scratch
 OF_FILES = ("augment", "root", "download", "workers")  # what embedded tasks, pictures in memory, do not use

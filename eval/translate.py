@@ -23,7 +23,7 @@ from eval.shared.command import command
 from eval.shared.tracker import write_whole
 from policy.checkpoint import load_model
 from policy.sequence.search import check_beams
-from policy.trainer import to_tensors
+from policy.training.trainer import to_tensors
 
 SHOWN = 40  # translations in examples.txt
 COLUMNS = {

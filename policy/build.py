@@ -8,9 +8,9 @@ from policy.dataset import FrameDataset, ReplayBuffer, WindowDataset, split_epis
 from policy.dataset.windows import observed
 from policy.diffusion import DiffusionPolicy
 from policy.head.image import ImageClassifier
+from policy.head.keypoints import KeypointRegressor
 from policy.head.mae import MaskedAutoencoder
 from policy.head.video import VideoClassifier
-from policy.keypoints import KeypointRegressor
 from policy.registry import lookup
 from policy.sequence.language import LanguageModel
 from policy.sequence.translation import TranslationModel

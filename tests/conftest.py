@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from accelerate.state import AcceleratorState  # noqa: E402
 
-from policy import run_folder  # noqa: E402
+from policy.training import run_folder  # noqa: E402
 
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other, minutes long on a busy machine
 

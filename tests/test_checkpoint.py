@@ -29,9 +29,9 @@ from policy.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from policy.ema import EMA
 from policy.export import main as export_command
-from policy.keypoints import KeypointRegressor
+from policy.head.keypoints import KeypointRegressor
+from policy.training.ema import EMA
 
 CONFIG = {"seed": 3, "names": ["a", "ü"], "nested": {"lr": 1e-4, "none": None, "flag": True}}
 STATE = {"step": 12, "scores": {"step=1.safetensors": 0.5}}

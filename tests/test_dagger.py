@@ -14,7 +14,7 @@ from envs import CORRECTIONS
 from eval.rollout import dagger
 from eval.rollout.loop import summarize
 from policy.build import build_model, extend_dataset
-from policy.trainer import Trainer
+from policy.training.trainer import Trainer
 
 DAGGER = {"rounds": 2, "start": 0.5, "rollouts": 3, "episodes": 4, "seed": 900}
 

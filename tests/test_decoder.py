@@ -16,12 +16,12 @@ from test_trainer import assert_identical, everything, start
 
 from policy.build import build_model, cache_features
 from policy.checkpoint import load_policy, load_weights
-from policy.curves import plot_curves
 from policy.decoder import build_decoder, list_decoders
 from policy.decoder.parts import position_code
-from policy.pictures import write_reconstructions
-from policy.run_folder import RunFolder
-from policy.trainer import to_tensors
+from policy.training.curves import plot_curves
+from policy.training.pictures import write_reconstructions
+from policy.training.run_folder import RunFolder
+from policy.training.trainer import to_tensors
 
 TYPES = [name for name in list_decoders() if name != "none"]
 META = {**tiny.IMAGE, **tiny.LOW_DIM}

@@ -16,7 +16,7 @@ from policy.encoder import build_encoder, list_encoders
 from policy.encoder.observation import ObservationEncoder, crop_images
 from policy.encoder.spatial_softmax import SpatialSoftmax
 from policy.encoder.vit import ViTEncoder, parameter_count
-from policy.keypoints import BETA, KeypointRegressor
+from policy.head.keypoints import BETA, KeypointRegressor
 from policy.normalizer import Normalizer
 from policy.torchvision_ops import declare_missing_operators
 

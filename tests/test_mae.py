@@ -11,7 +11,7 @@ from PIL import Image
 from policy.build import build_model
 from policy.checkpoint import load_encoder, load_weights
 from policy.head.mae import patchify, unpatchify
-from policy.trainer import Trainer
+from policy.training.trainer import Trainer
 
 SIZE, PATCH = 16, 4
 COUNT = 16  # patches

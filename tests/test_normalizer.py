@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from policy.hashing import hashed_uniform
 from policy.normalizer import Normalizer
+from policy.training.hashing import hashed_uniform
 
 
 def raw_data(shape, frames=500, seed=0):

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from policy.optim import (
+from policy.training.optim import (
     build_optimizer,
     check_optimizer,
     cosine_schedule,

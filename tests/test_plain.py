@@ -22,7 +22,7 @@ from eval.speed.reference import (
 from eval.speed.train import Step
 from policy.build import build_model
 from policy.dataset import ReplayBuffer, epoch_order
-from policy.trainer import Trainer
+from policy.training.trainer import Trainer
 
 DECODER = {**tiny.DECODER, "weight": 0.5, "weights": {"agent_pos": 0.3}, "image_size": 6, "every": 2}
 

@@ -16,7 +16,7 @@ import torch
 from policy import load_policy
 from policy.build import build_model
 from policy.checkpoint import load_checkpoint
-from policy.trainer import Trainer
+from policy.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from diffusers.schedulers import scheduling_ddpm
 from policy.build import build_model
 from policy.denoiser.loop import DenoisingLoop, GraphedCall
 from policy.denoiser.samplers import PREDICTIONS, SAMPLERS, diffusers_scheduler, sampling_steps
-from policy.trainer import to_tensors
+from policy.training.trainer import to_tensors
 
 NOISE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
 

@@ -11,7 +11,7 @@ from test_trainer import assert_identical, everything, start
 
 from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
 from policy.dataset import ReplayBuffer
-from policy.trainer import to_tensors
+from policy.training.trainer import to_tensors
 
 DECODER = {**tiny.DECODER, "every": 2}
 

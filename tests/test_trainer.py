@@ -19,13 +19,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from policy import load_policy, run_folder, trainer
+from policy import load_policy
 from policy.build import build_model
 from policy.checkpoint import load_checkpoint
-from policy.curves import plot_curves, read_metrics
 from policy.dataset import FrameDataset, epoch_order
-from policy.optim import cosine_schedule
-from policy.trainer import Trainer, uses_cpu
+from policy.training import run_folder, trainer
+from policy.training.curves import plot_curves, read_metrics
+from policy.training.optim import cosine_schedule
+from policy.training.trainer import Trainer, uses_cpu
 
 TESTS = Path(__file__).parent
 CASES = {  # what a run uses: arguments of ``start``

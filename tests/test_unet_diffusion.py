@@ -12,7 +12,7 @@ from torch import nn
 
 from policy.build import build_model, cache_features
 from policy.denoiser.unet1d import ConditionalUNet1D, SinusoidalEmbedding
-from policy.trainer import to_tensors
+from policy.training.trainer import to_tensors
 
 # U-Net -----------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from policy.attention.softmax import SoftmaxAttention
 from policy.build import build_model
 from policy.checkpoint import load_checkpoint, load_encoder, load_model, load_weights, save_checkpoint
 from policy.head.space_time import JointSpaceTime
-from policy.trainer import Trainer
+from policy.training.trainer import Trainer
 
 SIZE, FRAMES, CLASSES = 12, 3, 4
 PATCHES = 9

@@ -19,7 +19,7 @@ from eval.shared.intervals import rate_interval
 from eval.shared.tracker import record, write_whole
 from policy.build import build_model
 from policy.checkpoint import LAST, load_checkpoint, load_encoder, load_encoder_weights, load_weights
-from policy.trainer import Trainer, to_tensors, uses_cpu
+from policy.training.trainer import Trainer, to_tensors, uses_cpu
 
 WAIT = timedelta(hours=4)  # of the other processes, while the first one tests alone
 RANDOM = "random"  # in place of a run: the architecture of the others with random weights

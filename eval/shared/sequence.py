@@ -12,8 +12,8 @@ from eval.shared.classify import stored
 from eval.shared.compose import compose_at
 from eval.shared.tracker import record, write_whole
 from policy.build import build_model
-from policy.curves import read_metrics
-from policy.trainer import Trainer
+from policy.training.curves import read_metrics
+from policy.training.trainer import Trainer
 
 
 def add_arguments(parser):

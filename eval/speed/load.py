@@ -17,7 +17,7 @@ from eval.shared.machine import check_choices, check_positive, peak_memory, resi
 from eval.speed.reference import PlainDataset
 from policy.build import build_datasets, place_buffer
 from policy.dataset import epoch_order
-from policy.trainer import to_tensors
+from policy.training.trainer import to_tensors
 
 STORAGES = ("ram", "mmap", "device")
 PUBLISHED_WORKERS = 4

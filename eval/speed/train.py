@@ -15,9 +15,9 @@ from eval.speed.reference import PlainDataset, plain_loss, plain_policy, plain_t
 from eval.speed.sample import PRECISIONS, random_policy, share_cell, time_cells
 from policy.build import build_datasets, cache_features, place_buffer
 from policy.dataset import epoch_order
-from policy.ema import EMA
-from policy.hashing import hashed_uniform
-from policy.trainer import to_tensors
+from policy.training.ema import EMA
+from policy.training.hashing import hashed_uniform
+from policy.training.trainer import to_tensors
 
 EPISODES = 40  # hold windows enough for a batch, and a frozen encoder has seen them soon
 PROFILED = 5  # steps

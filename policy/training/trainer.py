@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from policy.checkpoint import load_weights
 from policy.dataset import epoch_order
-from policy.ema import EMA
-from policy.hashing import hashed_uniform
-from policy.optim import build_optimizer, check_optimizer, learning_rate, load_state, state_tensors
-from policy.run_folder import RunFolder
+from policy.training.ema import EMA
+from policy.training.hashing import hashed_uniform
+from policy.training.optim import build_optimizer, check_optimizer, learning_rate, load_state, state_tensors
+from policy.training.run_folder import RunFolder
 
 VALIDATION_SEED = 1 << 40  # far from every training step
 

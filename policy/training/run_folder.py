@@ -3,8 +3,8 @@
 import json
 
 from policy.checkpoint import LAST, load_checkpoint, save_checkpoint
-from policy.curves import plot_curves
-from policy.pictures import write_reconstructions
+from policy.training.curves import plot_curves
+from policy.training.pictures import write_reconstructions
 
 
 class RunFolder:
