@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from policy.dataset.text.corpus.corpus import TokenWindows, text_parts
-from policy.dataset.text.corpus.tokens import learn_tokens, load_tokens
 
 from eval.shared import sequence
 from eval.shared.command import command
 from eval.shared.tracker import write_whole
 from policy.checkpoint import load_model
+from policy.dataset.text.corpus import TokenWindows, text_parts
+from policy.dataset.text.tokens import learn_tokens, load_tokens
 from policy.sequence.language import surprise, window_starts
 from policy.sequence.stepping import way_of
 

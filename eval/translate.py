@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from policy.dataset.text.corpus.pairs import PairBatches, open_pairs, split_pairs
-from policy.dataset.text.corpus.tokens import learn_tokens, load_tokens
 from tqdm import tqdm
 
 from eval.shared import sequence
 from eval.shared.command import command
 from eval.shared.tracker import write_whole
 from policy.checkpoint import load_model
+from policy.dataset.text.pairs import PairBatches, open_pairs, split_pairs
+from policy.dataset.text.tokens import learn_tokens, load_tokens
 from policy.sequence.search import check_beams
 from policy.training.trainer import to_tensors
 

@@ -1,7 +1,7 @@
 """Diffusion policy: a DDPM over action chunks, conditioned on encoded observations.
 
 Sources: Diffusion Policy (arXiv 2303.04137), DDPM (arXiv 2006.11239), and Crossway (arXiv 2307.01849) for the decoder.
-Noise is added by diffusers' scheduler; samplers: policy/denoiser/samplers.py. Time table of a chunk: policy/dataset/windows.py.
+Noise is added by diffusers' scheduler; samplers: policy/denoiser/samplers.py; time table: policy/dataset/windows.py.
 """
 
 import math

@@ -5,18 +5,17 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import hydra
 import pytest
 import torch
 from omegaconf import OmegaConf
+from paths import ROOT
 
 import train  # also registers the resolvers of the configuration
 from eval.rollout import loop as rollout
 from eval.shared.command import check_types, command, known_values
 
-ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "config"
 
 

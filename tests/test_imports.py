@@ -3,11 +3,10 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 SIMULATORS = {"gym_pusht", "mujoco", "pygame", "pymunk", "robosuite"}
 IMPORTERS = ("import_module", "__import__")
 FILES = sorted(path for package in ("policy", "envs", "eval") for path in (ROOT / package).rglob("*.py"))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import types
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +16,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from paths import ROOT
 
 import train
 from eval.shared.command import command
 from eval.shared.tracker import open_tracker
-
-ROOT = Path(__file__).parent.parent
 
 
 def arguments(workplace, *overrides):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from configs import FOLDERS, composed
 from omegaconf import OmegaConf
 
 import train
@@ -129,16 +128,6 @@ def test_a_missing_simulator_is_said_at_once(monkeypatch):
 
 
 # Configurations ----------------------------------------------------------------------------------------------------
-
-FOLDERS = sorted(path.parent for path in (train.ROOT / "config").glob("*/typea.yaml"))
-
-
-def composed(folder, name, *overrides):
-    """The resolved configuration of ``train.py --config-dir=FOLDER --config-name=NAME``, as a dict."""
-    GlobalHydra.instance().clear()
-    searched = [f"hydra.searchpath=[file://{train.ROOT}/config]"]
-    with initialize_config_dir(str(folder), version_base="1.3"):
-        return OmegaConf.to_container(compose(name, [*searched, *overrides]), resolve=True)
 
 
 @pytest.mark.parametrize("preset", ["paper", "small", "cpu", "smoke"])

@@ -1,0 +1,1 @@
+"""Push-T: simulator, planner expert, demonstrations and label sets."""

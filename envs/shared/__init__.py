@@ -1,0 +1,1 @@
+"""What simulators share: worker processes, episodes, and sets that are made item by item."""

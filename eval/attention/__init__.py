@@ -1,0 +1,1 @@
+"""Every attention mechanism side by side."""

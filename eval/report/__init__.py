@@ -1,0 +1,1 @@
+"""Runs side by side: means over seeds, intervals, pictures."""

@@ -1,14 +1,9 @@
-"""Simulated rollouts of a policy: score, success rate, 95 % intervals, per-episode rows and a video.
-
-    python -m eval.rollout --checkpoint RUN_OR_CHECKPOINT --episodes 50 --seed 100000 --output DIR
+"""Simulated rollouts of a policy: the loop, its summary, its files.
 
 Protocol of Diffusion Policy (arXiv 2303.04137): test seeds from 100000; an episode's score is its largest reward.
 """
 
-import argparse
 import json
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +11,7 @@ from tqdm import tqdm
 
 from envs.shared.workers import open_slots
 from eval.rollout.video import write_grid
-from eval.shared.command import command
 from eval.shared.intervals import mean_interval, rate_interval
-from policy.checkpoint import load_policy
-from policy.denoiser.samplers import SAMPLERS
 
 
 class Running:
@@ -81,7 +73,7 @@ def rollout(
     kernels round differently for different batch sizes, and for rows at the end of a batch, and contacts amplify that.
     Every call therefore has as many rows (free ones repeat another), and an episode always has the same one.
     env_options: {"name": ..., options} for ``envs.make_env``; videos: how many episodes are filmed.
-    Returns (summary as in summary.json, filmed episodes for ``eval.rollout.video.write_grid``) and, with ``states``, a third
+    Returns (summary as in summary.json, filmed episodes for ``video.write_grid``) and, with ``states``, a third
     value: a row per episode as in the summary, with its visited "states" (steps + 1, S) float64. Raises ValueError for
     states of an environment that has none.
     """
@@ -143,58 +135,6 @@ def loop_options(policy, **given):
     return options | {key: value for key, value in given.items() if value is not None}
 
 
-@command
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m eval.rollout", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="run folder or .safetensors file")
-    parser.add_argument("--episodes", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=100_000, help="first of consecutive test seeds")
-    parser.add_argument("--num-envs", type=int, help="environments at a time, default as in training")
-    parser.add_argument("--workers", type=int, help="processes that hold them, 0: this one; default as in training")
-    parser.add_argument("--batch", type=int, help="rows of a policy call, default as in training")
-    parser.add_argument("--videos", type=int, default=9, help="episodes to film")
-    parser.add_argument("--sampler", default=None, help=f"{', '.join(SAMPLERS)}; default as trained")
-    parser.add_argument("--steps", type=int, default=None, help="denoising steps, default as trained")
-    parser.add_argument("--precision", default="fp32", help="fp32 (default) or bf16")
-    parser.add_argument("--action-steps", type=int, default=None, help="executed steps of a chunk, default as trained")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=None, help="default: rollouts/NAME")
-    args = parser.parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; allowed here: cpu")
-    policy = load_policy(
-        args.checkpoint,
-        args.device,
-        sampler=args.sampler,
-        num_inference_steps=args.steps,
-        precision=args.precision,
-    )
-    if args.action_steps is not None:
-        policy.set_action_steps(args.action_steps)
-    loop = loop_options(policy, num_envs=args.num_envs, workers=args.workers, batch=args.batch)
-    start = time.perf_counter()
-    summary, films = rollout(
-        policy,
-        policy.config["task"]["env"],
-        episodes=args.episodes,
-        seed=args.seed,
-        videos=args.videos,
-        **loop,
-    )
-    speed = sum(row["steps"] for row in summary["episodes"]) / (time.perf_counter() - start)
-    output = args.output or Path("rollouts") / Path(args.checkpoint).stem
-    settings = {
-        "checkpoint": str(args.checkpoint),
-        "sampler": policy.sampler,
-        "steps": policy.num_inference_steps,
-        "action_steps": policy.action_steps,
-        "precision": policy.precision,
-    }
-    write_results(output, {**settings, **summary}, films)
-    print(f"{describe(summary)}, {speed:.0f} environment steps/s")
-    print(f"wrote {output}/summary.json" + (f" and {output}/rollout.mp4" if films else ""))
-
-
 def describe(summary):
     """One line with score and success rate and their intervals."""
     (low, high), (worst, best) = summary["score_ci95"], summary["success_ci95"]
@@ -202,7 +142,3 @@ def describe(summary):
         f"score {summary['score_mean']:.3f} [{low:.3f}, {high:.3f}], success {summary['success_rate']:.0%}"
         f" [{worst:.0%}, {best:.0%}] over {len(summary['episodes'])} episodes"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, HydraException, OmegaConfBaseException)
-CONFIG = Path(__file__).parent.parent / "config"
+CONFIG = Path(__file__).parent.parent.parent / "config"
 
 
 def command(main):

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from envs import make_data
 from eval.shared.command import CONFIG, check_types, nearest
-from policy.dataset.robomimic.convert import ensure_zarr
+from policy.dataset.robomimic.conversion import ensure_zarr
 
 ROOT = CONFIG.parent
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SLOW = 0.5  # s; a call beyond it is repeated SLOW_REPEATS times only
 SLOW_REPEATS = 3
 MIN_ROUNDS, MAX_ROUNDS = 5, 200

@@ -1,0 +1,1 @@
+"""What denoises action chunks: the U-Net, samplers as tables, the loop."""

@@ -1,0 +1,1 @@
+"""How everything is trained: trainer, optimizer, EMA, run folder, pictures."""

@@ -1,0 +1,1 @@
+"""Pictures from disk: sources by name or folder, decoding, augmentation."""

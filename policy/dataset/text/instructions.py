@@ -7,7 +7,7 @@ verbs at the end of subordinate clauses, the verb in second place, numbers that 
 import random
 from dataclasses import dataclass
 
-from policy.dataset.text.corpus.german import (
+from policy.dataset.text.german import (
     COLOURS,
     CONTAINERS,
     DEFINITE,

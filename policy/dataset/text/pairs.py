@@ -3,8 +3,8 @@
 import numpy as np
 from tqdm import tqdm
 
-from policy.dataset.text.corpus.corpus import read_text
-from policy.dataset.text.corpus.instructions import make_pairs
+from policy.dataset.text.corpus import read_text
+from policy.dataset.text.instructions import make_pairs
 
 
 def read_pairs(source, target):

@@ -1,0 +1,1 @@
+"""Videos from disk: lists, decoding, clips."""

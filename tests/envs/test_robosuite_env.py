@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 
 pytest.importorskip("robosuite")
 
@@ -19,7 +19,6 @@ from envs.robomimic.expert import run_episode  # noqa: E402
 from envs.robomimic.metadata import OSC_POSE, make_arguments, same_model, standard_env_args  # noqa: E402
 from envs.shared.workers import open_slots
 
-ROOT = Path(__file__).parent.parent
 ALONE = """
 import sys, numpy as np
 from envs.shared.workers import open_slots

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from policy.dataset.text.corpus.german import (
+
+from eval import translate
+from eval.shared.compose import compose_at
+from policy.attention import list_attentions
+from policy.build import build_model
+from policy.checkpoint import load_model
+from policy.dataset.text.german import (
     CASES,
     DEFINITE,
     INDEFINITE,
@@ -16,15 +22,9 @@ from policy.dataset.text.corpus.german import (
     english_number,
     german_number,
 )
-from policy.dataset.text.corpus.instructions import Deed, Thing, make_pairs
-from policy.dataset.text.corpus.pairs import PairBatches, open_pairs, read_pairs, split_pairs
-from policy.dataset.text.corpus.tokens import ByteTokens
-
-from eval import translate
-from eval.shared.compose import compose_at
-from policy.attention import list_attentions
-from policy.build import build_model
-from policy.checkpoint import load_model
+from policy.dataset.text.instructions import Deed, Thing, make_pairs
+from policy.dataset.text.pairs import PairBatches, open_pairs, read_pairs, split_pairs
+from policy.dataset.text.tokens import ByteTokens
 from policy.sequence.search import beam_search
 from policy.sequence.translation import TranslationModel
 
@@ -124,7 +124,7 @@ def test_contractions():
 
 
 def test_verbs_stand_where_they_belong():
-    from policy.dataset.text.corpus.german import HANDLING, MOVING
+    from policy.dataset.text.german import HANDLING, MOVING
 
     cup, where = thing("cup"), ("into the box", "in die Kiste")
     lift, push = Deed(HANDLING[0], cup, "slowly"), Deed(MOVING[0], thing("block", "red"), where=where)

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numba.core.caching
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fibottention_reference import BACKENDS, HEADS, attended, bitwise, build, each_rule, evaluate, tokens
+from paths import ROOT
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,9 +25,6 @@ from policy.kernels import fibottention_cpu
 from policy.kernels import fibottention_numba as fibottention_tiles
 from policy.kernels import vector as numba_tools
 from policy.kernels.fibottention import sparse_backward, sparse_forward
-
-ROOT = Path(__file__).parent.parent
-
 
 # What is refused -------------------------------------------------------------------------------------------------
 

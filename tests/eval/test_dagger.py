@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 import zarr
-from test_trainer import assert_identical, everything
+from trained import assert_identical, everything
 
 from envs import CORRECTIONS
 from eval.rollout import dagger

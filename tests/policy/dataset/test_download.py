@@ -5,10 +5,10 @@ import io
 import re
 import threading
 import zipfile
-from pathlib import Path
 
 import h5py
 import pytest
+from paths import ROOT
 
 from policy.dataset.download import DATA_SETS, Archive, Hdf5, fetch, main
 
@@ -87,7 +87,7 @@ def test_the_official_archive_is_in_the_table():
     """The URL of Diffusion Policy's README, and the place that config/task/pusht.yaml reads."""
     url, member = DATA_SETS["pusht"]
     assert url == "https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip"
-    config = Path(__file__).parent.parent / "config" / "task" / "pusht.yaml"
+    config = ROOT / "config" / "task" / "pusht.yaml"
     assert f"source: data/{member}" in config.read_text()
 
 

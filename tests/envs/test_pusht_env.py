@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from paths import ROOT
 
 from envs import make_data, make_env
 from envs.pusht import scenes as pusht_scenes
@@ -13,7 +14,6 @@ from envs.pusht.env import PushT, keypoints, render_states
 from envs.pusht.scenes import ensure_images, ensure_scenes, sample_states, scene_targets
 from envs.shared import rendered_zarr
 
-ROOT = Path(__file__).parent.parent
 HUMAN = "pusht/pusht_cchi_v7_replay.zarr"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from paths import ROOT
 
 pytest.importorskip("robosuite")
 
@@ -20,7 +21,6 @@ from envs.robomimic.env import RobosuiteEnv  # noqa: E402
 from envs.robomimic.expert import LIMITS, run_episode  # noqa: E402
 from envs.robomimic_demos import episode_seed, main, split  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 LOW_DIM = {
     "robot0_eef_pos": 3,
     "robot0_eef_quat": 4,

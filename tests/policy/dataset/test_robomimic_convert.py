@@ -9,19 +9,19 @@ import subprocess
 import sys
 import threading
 import types
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import zarr
+from paths import ROOT
 
 from policy.dataset.replay_buffer import ReplayBuffer
-from policy.dataset.robomimic import convert as robomimic
-from policy.dataset.robomimic.convert import convert, ensure_zarr, main
+from policy.dataset.robomimic import conversion as robomimic
+from policy.dataset.robomimic.__main__ import main
+from policy.dataset.robomimic.conversion import convert, ensure_zarr
 from policy.dataset.robomimic.rotation import matrix_to_6d, matrix_to_rotvec, rotvec_to_matrix
 
-ROOT = Path(__file__).parent.parent
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
 OLD = {"type": "OSC_POSE", "control_delta": True}
 # The robot stands turned by a quarter; its grip site is turned against its hand, by two bodies in between.
@@ -383,7 +383,7 @@ def test_the_goals_are_robosuites_own(tmp_path, monkeypatch, frame):
 
 KILLED = """
 import os, signal, sys
-import policy.dataset.robomimic as robomimic
+import policy.dataset.robomimic.conversion as robomimic
 robomimic.BLOCK_BYTES = 1
 save = robomimic._save
 def save_and_die(path, content):

@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import tiny
 import torch
+from paths import ROOT
 
 from policy import load_policy
 from policy.build import build_model
@@ -22,7 +22,6 @@ from policy.export import export
 from policy.export import main as export_command
 from policy.onnx_runtime import OnnxPolicy
 
-ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "pretrained" / "pusht_policy.safetensors"
 KINDS = ("mean-pool", "conv-stem", "resnet18")
 

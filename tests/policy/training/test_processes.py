@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from paths import ROOT
 
 from policy import load_policy
 from policy.build import build_model
@@ -20,7 +21,6 @@ from policy.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 DECODER = {**tiny.DECODER, "name": "b"}
 STEPS = 12
 

@@ -4,7 +4,6 @@ An interrupted conversion goes on where it stopped; OUT.zarr appears only when c
 in Diffusion Policy (arXiv 2303.04137), unless --actions recorded keeps them as they are.
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -12,8 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -257,33 +254,3 @@ def _read_block(file, layout, key, start, end, path):
             parts.append(finite(file, demo, key, path, selection).astype(np.float32))
         start, first = stop, first + 1
     return np.concatenate(parts)
-
-
-def summary(path):
-    """Lines about the zarr ``path``: episodes, frames, MB, and the arrays with their shape per frame."""
-    root = zarr.open_group(str(path), mode="r")
-    ends = root["meta/episode_ends"][:]
-    size = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
-    arrays = [f"{key} {array.dtype} {array.shape[1:]}" for key, array in sorted(root["data"].arrays())]
-    return [f"{len(ends)} episodes, {ends[-1]} frames, {size / 1e6:.1f} MB", *(f"  {line}" for line in arrays)]
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m policy.dataset.robomimic", description=__doc__.split("\n")[0])
-    parser.add_argument("source", type=Path, help="robomimic's HDF5, with images")
-    parser.add_argument("output", type=Path, help="the zarr folder to make")
-    parser.add_argument("--actions", default="absolute", help=f"{', '.join(ACTIONS)}; default: absolute")
-    args = parser.parse_args(argv)
-    start = time.perf_counter()
-    present = args.output.exists()
-    try:
-        path = convert(args.source, args.output, actions=args.actions)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
-    print(f"already there: {path}" if present else f"wrote {path} in {time.perf_counter() - start:.1f} s")
-    print("\n".join(summary(path)))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from paths import ROOT
 
 from envs import make_corrections, pusht_demos
 from envs.pusht import corrections as pusht_corrections
@@ -20,7 +21,6 @@ from envs.pusht.geometry import coverage
 from envs.pusht.planner import PX_PER_RAD
 from envs.pusht.scenes import ensure_images
 
-ROOT = Path(__file__).parent.parent
 GOAL = (256.0, 256.0, np.pi / 4)
 OPTIONS = {"count": 4, "seed": 3, "image_size": 24, "processes": 1, "settings": "fast"}
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import zarr
-from test_trainer import assert_identical, everything, start
+from trained import assert_identical, everything, start
 
 from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
 from policy.dataset import ReplayBuffer

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 
@@ -26,8 +27,6 @@ from policy.dataset.image import sources as image_sources
 from policy.dataset.image.dataset import ImageDataset
 from policy.dataset.image.sources import CIFAR, open_images
 from policy.dataset.stream import GRACE, seed_generators, stream_batches
-
-ROOT = Path(__file__).parent.parent
 
 
 def picture(seed, size=(8, 8)):

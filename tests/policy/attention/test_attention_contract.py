@@ -1,16 +1,15 @@
 """What every registered attention promises, whatever it is: a new mechanism is tested here without a line more."""
 
-from pathlib import Path
-
 import pytest
 import timm
 import tiny
 import torch
 from omegaconf import OmegaConf
+from paths import ROOT
 
 from policy.attention import ATTENTIONS, build_attention, list_attentions
 
-CONFIGS = Path(__file__).parent.parent / "config" / "attention"
+CONFIGS = ROOT / "config" / "attention"
 SMALL = {  # on few tokens the windows and groups of the configurations would hold everything
     "causal_eva": {"window_size": 4},
     "eva": {"num_landmarks": 4, "window_size": 2},

@@ -16,7 +16,8 @@ from fake_env import MADE, FakeEnv
 import envs
 from envs.pusht.env import PushT
 from eval.rollout import loop as module
-from eval.rollout.loop import describe, main, rollout, summarize, write_results
+from eval.rollout.__main__ import main
+from eval.rollout.loop import describe, rollout, summarize, write_results
 from eval.rollout.video import GAP, write_grid
 from eval.shared.intervals import Z95, mean_interval, rate_interval
 from policy.build import build_model

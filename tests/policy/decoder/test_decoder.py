@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from configs import FOLDERS, composed
 from hydra.errors import ConfigCompositionException
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-from test_train_entry import FOLDERS, composed
-from test_trainer import assert_identical, everything, start
+from trained import assert_identical, everything, start
 
 from policy.build import build_model, cache_features
 from policy.checkpoint import load_policy, load_weights

@@ -16,8 +16,10 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
+from paths import ROOT
 from PIL import Image
 from torch import nn
+from trained import assert_identical, everything, start
 
 from policy import load_policy
 from policy.build import build_model
@@ -28,7 +30,7 @@ from policy.training.curves import plot_curves, read_metrics
 from policy.training.optim import cosine_schedule
 from policy.training.trainer import Trainer, uses_cpu
 
-TESTS = Path(__file__).parent
+TESTS = ROOT / "tests"
 CASES = {  # what a run uses: arguments of ``start``
     "low-dim": {},
     "crop, dropout, accumulation": {
@@ -53,40 +55,6 @@ def own_accelerator():
 def no_curves(monkeypatch):
     """Drawing is slow; the test of the curves calls it itself."""
     monkeypatch.setattr(run_folder, "plot_curves", lambda run_dir: None)
-
-
-def start(run_dir, *, fresh=0, evaluate=None, val=True, device="cpu", prepare=None, **changes):
-    """A trainer of a tiny policy; ``fresh`` seeds its initial weights, ``prepare`` may alter the model."""
-    parts = {key: changes.pop(key) for key in ("encoder", "attention", "model") if key in changes}
-    config = tiny.policy_config(images=changes.pop("images", False), relative=changes.pop("relative", False), **parts)
-    buffer = tiny.replay_buffer(images=bool(config["crop"]))
-    torch.manual_seed(fresh)
-    model = build_model(config)
-    train_data = tiny.window_data(config, buffer, episodes=[0, 1])  # 15 windows
-    model.fit_normalizer(train_data)
-    if prepare:
-        prepare(model)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    options = tiny.training_options(**{"epochs": 4, "batch_size": 4, **changes})
-    val_data = tiny.window_data(config, buffer, episodes=[2]) if val else None  # 7 windows
-    return Trainer(
-        model, train_data, val_data, options=options, config=config, run_dir=run_dir, evaluate=evaluate, device=device
-    )
-
-
-def everything(trained):
-    """All numbers that a run ends with, by name."""
-    tensors = {f"model.{name}": tensor for name, tensor in trained.raw_model.state_dict().items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in trained.ema.model.state_dict().items()}
-    for name, parameter in trained.named:
-        tensors |= {f"{key}.{name}": value for key, value in trained.optimizer.state[parameter].items()}
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def assert_identical(first, second):
-    assert set(first) == set(second)
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert not different, different
 
 
 def weights(trained):
@@ -176,7 +144,7 @@ def test_resume_in_another_process_is_exact(tmp_path):
     straight.fit()
     start(tmp_path / "parts", **CASES["crop, dropout, accumulation"]).fit(stop_at=5)
     code = f"import conftest, test_trainer; test_trainer.second_half({str(tmp_path / 'parts')!r})"
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    path = os.pathsep.join([str(TESTS), str(ROOT)])
     # The same number of threads: it decides how a sum is cut, and so its last bit.
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
@@ -487,7 +455,7 @@ def test_looking_does_not_change_training(tmp_path):
 
 def test_no_option_is_forgotten_here():
     """The tests below go through the options of tiny.TRAINING one by one; the command line has the same ones."""
-    config = OmegaConf.load(TESTS.parent / "config" / "run.yaml")
+    config = OmegaConf.load(ROOT / "config" / "run.yaml")
     assert set(config.training) == set(tiny.TRAINING) and set(config.training.ema) == set(tiny.TRAINING["ema"])
 
 

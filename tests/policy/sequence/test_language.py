@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from PIL import Image
-from policy.dataset.text.corpus.corpus import TokenWindows, embedded_text, read_text, text_parts
-from policy.dataset.text.corpus.tokens import ByteTokens, learn_tokens, load_tokens
 
 from eval import language
 from eval.shared import sequence
@@ -21,6 +19,8 @@ from eval.shared.compose import compose_at
 from policy.attention import ATTENTIONS, build_attention
 from policy.build import build_model
 from policy.checkpoint import load_model
+from policy.dataset.text.corpus import TokenWindows, embedded_text, read_text, text_parts
+from policy.dataset.text.tokens import ByteTokens, learn_tokens, load_tokens
 from policy.sequence.blocks import Blocks
 from policy.sequence.language import LanguageModel, draw, surprise, window_starts
 from policy.sequence.stepping import rows_of, step, way_of

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from paths import ROOT
 
 from envs import make_env
 from envs.shared import workers as module
@@ -19,7 +20,6 @@ from envs.shared.workers import open_slots
 from eval.rollout.loop import rollout
 from policy.build import build_model
 
-ROOT = Path(__file__).parent.parent
 RUN = {"episodes": 11, "seed": 100, "num_inference_steps": 2, "videos": 2}
 
 
