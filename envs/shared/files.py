@@ -1,0 +1,82 @@
+"""Files and folders that appear whole or not at all, locks between processes, and digests: a copy of policy/files.py.
+
+The packages do not import each other; tests/test_files.py tests both and compares them.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole(path, *, shared=False):
+    """A place for a file or folder that moves to ``path`` when the block ends without an error.
+
+    The place has the name of ``path`` and lies in a folder of its own, PATH.partial. A file is flushed to the disk
+    before it moves. The next writer clears away what a killed one left.
+
+    shared: several processes may write ``path`` at once. Each gets its own folder, and a folder at ``path`` stays.
+    Raises OSError where the disk refuses; ``path`` then stays as it was.
+    """
+    path = Path(path)
+    folder = path.with_name(f"{path.name}.partial{os.getpid() if shared else ''}")
+    place = folder / path.name
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield place
+        if place.is_file():
+            with open(place, "rb") as file:
+                os.fsync(file.fileno())
+        try:
+            os.replace(place, path)
+        except OSError:
+            if not (shared and path.is_dir()):  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_whole(path, content):
+    """Write text or bytes to ``path``; a reader finds all of it or what was there before."""
+    with whole(path) as place:
+        place.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold ``folder``, made if need be, while other processes wait; whoever holds it may remove it.
+
+    The system frees it when the process ends, also by a kill.
+    """
+    path = Path(folder) / "lock"
+    with contextlib.ExitStack() as stack:
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # the holder before may remove the folder at any moment
+                lock = stack.enter_context(open(path, "w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"waiting for another process that works on {folder}")
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
+                    break
+        yield
+
+
+def digest(*parts):
+    """sha256, hexadecimal, of the parts one after the other: files (Path), text, bytes and arrays."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                hashlib.file_digest(file, lambda: found)
+        elif isinstance(part, str):
+            found.update(part.encode())
+        else:
+            found.update(part if isinstance(part, bytes) else part.tobytes())
+    return found.hexdigest()
