@@ -1,10 +1,29 @@
-"""Pairs of sentences in two languages: from two files or the embedded grammar, cut into parts, as padded batches."""
+"""Pairs of sentences in two languages: from two files or the embedded ones, cut into parts, as padded batches."""
+
+import lzma
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from policy.dataset.text.corpus import read_text
-from policy.dataset.text.instructions import make_pairs
+
+# Instructions to a robot at a table, English and German. A grammar of both languages wrote them once.
+EMBEDDED = Path(__file__).with_name("instructions.tsv.xz")
+
+
+def embedded_pairs(count, *, seed):
+    """``count`` of the embedded [(English, German)], all different; ``seed`` chooses them where fewer are asked for.
+
+    Raises ValueError for more than there are.
+    """
+    lines = lzma.decompress(EMBEDDED.read_bytes()).decode().splitlines()
+    if not 1 <= count <= len(lines):
+        raise ValueError(
+            f"pairs: got {count}, allowed: at least 1 and, without source and target, at most {len(lines)}"
+        )
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(lines))[:count])
+    return [tuple(lines[number].split("\t")) for number in chosen]
 
 
 def read_pairs(source, target):
@@ -23,10 +42,10 @@ def read_pairs(source, target):
 
 
 def open_pairs(source, target, *, count, seed):
-    """Pairs of two files, or ``count`` of the embedded grammar if both are None; ValueError for one of them alone."""
+    """Pairs of two files, or ``count`` of the embedded ones if both are None; ValueError for one of them alone."""
     if (source is None) != (target is None):
         raise ValueError(f"source, target: got {source} and {target}, allowed: two files, or neither")
-    return make_pairs(count, seed=seed) if source is None else read_pairs(source, target)
+    return embedded_pairs(count, seed=seed) if source is None else read_pairs(source, target)
 
 
 def split_pairs(pairs, *, held_out, seed):
