@@ -1,7 +1,49 @@
-"""Looking a name up in a small table, with an error that helps."""
+"""Named parts: a table for each kind, errors that list the choices."""
 
 import difflib
+import importlib
 import inspect
+from collections.abc import MutableMapping
+
+
+class Registry(MutableMapping):
+    """The parts of one ``kind``, {name: "module:Class" within ``package``, imported at first use, or the class}."""
+
+    def __init__(self, kind, package, parts):
+        self.kind, self.package, self.parts = kind, package, dict(parts)
+
+    def __getitem__(self, name):
+        """The class called ``name``; ValueError that lists the choices for an unknown one."""
+        part = lookup(self.kind, name, self.parts)
+        if isinstance(part, str):
+            module, attribute = part.split(":")
+            part = getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
+        return part
+
+    def __setitem__(self, name, part):
+        self.parts[name] = part
+
+    def __delitem__(self, name):
+        del self.parts[name]
+
+    def __iter__(self):
+        return iter(sorted(self.parts))
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __contains__(self, name):
+        return name in self.parts
+
+    def build(self, name, options, **given):
+        """The part called ``name`` with the user's ``options`` and what it names of those ``given`` by us.
+
+        Raises ValueError for an unknown name or option.
+        """
+        part = self[name]
+        check_options(self.kind, name, options, part, without=given)
+        named = options_of(part)
+        return part(**{key: value for key, value in given.items() if key in named}, **options)
 
 
 def lookup(kind, name, table):
@@ -11,6 +53,20 @@ def lookup(kind, name, table):
     near = difflib.get_close_matches(str(name), list(table), n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"{kind}: got {name!r}{hint}, allowed: {', '.join(sorted(table))}")
+
+
+def choose(key, value, allowed):
+    """``value`` where it is among ``allowed``; raises ValueError that lists these."""
+    if value not in allowed:
+        raise ValueError(f"{key}: got {value!r}, allowed: {', '.join(map(str, allowed))}")
+    return value
+
+
+def at_least(least, **values):
+    """Raise ValueError unless each of ``values`` {key: number} is ``least`` or more."""
+    for key, value in values.items():
+        if value < least:
+            raise ValueError(f"{key}: got {value}, allowed: {least} and more")
 
 
 def check_options(kind, name, options, constructor, *, without=()):

@@ -19,7 +19,6 @@ ENCODER = ROOT / "pretrained" / "pusht_encoder.safetensors"
 SIZES = (96, 224, 448)  # px; the encoder's own is 96
 MAP_SIZE = 224  # px, whose patterns are neither coarse nor finer than a picture's pixels
 FIRST_SEED = 100_003  # Push-T: the block is off its target there
-CAUSAL = ("causal_eva",)  # mechanisms that never look ahead, and so are measured against causal softmax attention
 SEEDS = range(5)
 
 
@@ -78,6 +77,7 @@ def measure_errors(configs, *, images):
             encoder = encoder_at(size)
             inputs = attention_inputs(encoder, scenes(size, images).float() / 127.5 - 1)
             for name, options in configs.items():
+                module = build(options, **geometry_of(encoder, 0))
                 errors = _seed_errors(options, encoder, inputs)
                 means = [statistics.mean(layers) for layers in errors]
                 rows.append(
@@ -88,8 +88,8 @@ def measure_errors(configs, *, images):
                         "error": statistics.mean(means),
                         "std": statistics.stdev(means),
                         "layers": [statistics.mean(layer) for layer in zip(*errors, strict=True)],
-                        "causal": options["name"] in CAUSAL,
-                        "trainable": bool(own_parameters(build(options, **geometry_of(encoder, 0)))),
+                        "causal": module.always_causal,
+                        "trainable": bool(own_parameters(module)),
                     }
                 )
                 bar.update()
@@ -112,9 +112,10 @@ def _layer_errors(options, encoder, inputs, seed):
     errors = []
     for layer, x in enumerate(inputs):
         q, k, v = encoder.vit.blocks[layer].attn.split(x)
-        out = build(options, seed=seed, **geometry_of(encoder, layer)).attend(q, k, v)
-        expected = F.scaled_dot_product_attention(q, k, v, is_causal=options["name"] in CAUSAL)
-        errors.append(relative_error(out, expected))
+        module = build(options, seed=seed, **geometry_of(encoder, layer))
+        # What never looks ahead is measured against causal softmax attention.
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=module.always_causal)
+        errors.append(relative_error(module.attend(q, k, v), expected))
     return errors
 
 

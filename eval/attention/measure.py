@@ -61,11 +61,10 @@ def own_parameters(module):
 
 
 def describe(configs, *, patches, dim, heads):
-    """{name: its options, class and number of parameters in a layer of ``patches``}; ValueError without a formula."""
+    """{name: its options, class and number of parameters in a layer of ``patches``}."""
     described = {}
     for name, options in configs.items():
         module = build(options, **layer_geometry(patches, dim=dim, heads=heads))
-        attention_flops(module, PREFIX + patches)  # better now than after minutes of measuring
         described[name] = {
             "options": options,
             "class": type(module).__name__,
@@ -90,13 +89,13 @@ def measure(configs, *, patches, directions, dim, heads, batch, seconds, limit, 
         inputs = layer_inputs(batch, PREFIX + count, dim, heads, device)
         calls, skipped, flops = {}, {}, {}
         for name, options in configs.items():
-            module = build(options, **layer_geometry(count, dim=dim, heads=heads)).to(device)
+            module = build(options, **layer_geometry(count, dim=dim, heads=heads))
             flops[name] = batch * attention_flops(module, PREFIX + count)
             reason = refusal(last.get((name, direction)), flops[name], limit=limit, device=device)
             if reason:
                 skipped[name] = reason
             else:
-                calls[name] = make_call(module, direction, inputs)
+                calls[name] = make_call(module.to(device), direction, inputs)
         numbers = _run(calls, skipped, seconds, device)
         base = numbers[BASELINE]["ms"]
         for name in configs:

@@ -57,7 +57,13 @@ def tables(results):
         for what, cell in cells.items():
             text = "ms of a call: median [quartiles]. " + SAYS if cell is _time else ""
             parts.append((direction.capitalize() + what, text, _by_patches(found, direction, cell)))
-    parts.append(("GFLOP of a forward call", "By formula; a multiply-add is 2.", _by_patches(found, "forward", _gflop)))
+    parts.append(
+        (
+            "GFLOP of a forward call",
+            "Of matrix products, as torch counts them; a multiply-add is 2.",
+            _by_patches(found, "forward", _gflop),
+        )
+    )
     parts.append(("Error to softmax attention", ERRORS, _error_table(found)))
     if results["training"]:
         text = "Image benchmark from scratch; 95 % intervals: of a run Wilson's, of several seeds Student's t."

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from policy.attention.prefixed import PrefixedAttention
 from policy.attention.windows import Windows, masked_softmax
+from policy.registry import at_least
 
 MIN_BLOCK = 8  # queries that share one matrix product; smaller windows would waste it on bookkeeping
 
@@ -35,9 +36,7 @@ class BigBirdAttention(PrefixedAttention):
         seed=0,
         **common,
     ):
-        for name, value in (("window_radius", window_radius), ("random_keys", random_keys)):
-            if value < 0:
-                raise ValueError(f"{name}: got {value}, allowed: 0 and more")
+        at_least(0, window_radius=window_radius, random_keys=random_keys)
         if not 0 <= global_tokens <= num_patches:
             raise ValueError(f"global_tokens: got {global_tokens}, allowed: 0 to {num_patches} patches")
         # Global patches stand in front, so they are further prefix tokens in all but name.
@@ -47,7 +46,7 @@ class BigBirdAttention(PrefixedAttention):
         generator = torch.Generator().manual_seed(seed * 1000003 + layer)
         self.register_buffer("random_keys", draw_outside(self.num_heads, local, window_radius, random_keys, generator))
 
-    def attend_patches(self, q, k, v, *, key_padding_mask, dropout_p):
+    def attend_patches(self, q, k, v, *, key_padding_mask):
         """q (B, H, n, D), k and v (B, H, P+n, D) -> (B, H, n, D)."""
         patches, prefix = q.shape[2], self.prefix_tokens
         block = min(max(MIN_BLOCK, 2 * self.radius), patches)
@@ -59,7 +58,7 @@ class BigBirdAttention(PrefixedAttention):
         far = (_take(k[:, :, prefix:], index) @ q[..., None])[..., 0]
         real = self._real(windows, table, index, near.shape[:4], key_padding_mask)
         weights = masked_softmax(torch.cat([near, windows.queries(far)], dim=-1), real)
-        weights = F.dropout(weights, dropout_p, training=dropout_p > 0)
+        weights = F.dropout(weights, self.attn_drop, self.training)
         near, far = weights.split([near.shape[-1], far.shape[-1]], dim=-1)
         out = windows.merge(near @ windows.keys(v, prefix))
         return out + (windows.merge(far)[..., None, :] @ _take(v[:, :, prefix:], index))[..., 0, :]

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from policy.attention.base import MultiHeadAttention
 from policy.attention.eva import GroupTokens, attend_sets
-from policy.attention.factored import FactoredAttention
 from policy.attention.t5_bias import T5RelativePositionBias
 from policy.attention.windows import Windows
+from policy.registry import at_least, choose
 
 PROJECTIONS = ("qk", "no_ln")
 
@@ -24,7 +25,7 @@ class CausalEVAState:
     chunk_values: torch.Tensor
 
 
-class CausalEVAAttention(FactoredAttention):
+class CausalEVAAttention(MultiHeadAttention):
     """Causal EVA, with the options of github.com/HKUNLP/efficient-attention. x (B, T, C) -> (B, T, C).
 
     A query attends exactly to the tokens of its window up to itself, with ``overlap`` to the window before, too, and
@@ -42,7 +43,7 @@ class CausalEVAAttention(FactoredAttention):
     Raises ValueError for unknown or contradictory options.
     """
 
-    causal = drops = True
+    causal = always_causal = True
 
     def __init__(
         self,
@@ -58,10 +59,8 @@ class CausalEVAAttention(FactoredAttention):
         **common,
     ):
         super().__init__(**common)
-        if adaptive_proj not in PROJECTIONS:
-            raise ValueError(f"adaptive_proj: got {adaptive_proj!r}, allowed: {', '.join(PROJECTIONS)}")
-        if window_size < 1:
-            raise ValueError(f"window_size: got {window_size}, allowed: 1 and more")
+        choose("adaptive_proj", adaptive_proj, PROJECTIONS)
+        at_least(1, window_size=window_size)
         self.window_size = window_size
         self.chunk_size = _chunk_size(window_size, chunk_size, num_chunks, prefix_tokens + num_patches)
         self.reach = window_size if overlap else 0  # of the exact set, before the window
@@ -140,8 +139,8 @@ class CausalEVAAttention(FactoredAttention):
 def _chunk_size(window_size, chunk_size, num_chunks, tokens):
     if chunk_size is not None and num_chunks is not None:
         raise ValueError(f"chunk_size, num_chunks: got {chunk_size} and {num_chunks}, allowed: one of them")
-    if num_chunks is not None and num_chunks < 1:
-        raise ValueError(f"num_chunks: got {num_chunks}, allowed: 1 and more")
+    if num_chunks is not None:
+        at_least(1, num_chunks=num_chunks)
     size = -(-tokens // num_chunks) if num_chunks is not None else window_size if chunk_size is None else chunk_size
     if size < 1 or window_size % size:
         chosen = f"num_chunks: got {num_chunks}, chunks of {size}" if chunk_size is None else f"chunk_size: got {size}"

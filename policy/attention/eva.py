@@ -9,6 +9,7 @@ from torch import nn
 from policy.attention.prefixed import PrefixedAttention
 from policy.attention.t5_bias import T5RelativePositionBias
 from policy.attention.windows import RelativePositionBias, Windows, make_windows, masked_softmax
+from policy.registry import choose
 
 PROJECTIONS = ("default", "no_ln", "none")
 
@@ -49,8 +50,7 @@ class EVAAttention(PrefixedAttention):
     ):
         super().__init__(**common)
         self.whole = attn_2d
-        if adaptive_proj not in PROJECTIONS:
-            raise ValueError(f"adaptive_proj: got {adaptive_proj!r}, allowed: {', '.join(PROJECTIONS)}")
+        choose("adaptive_proj", adaptive_proj, PROJECTIONS)
         if relative_position_bias and use_t5_rpe:
             raise ValueError("relative_position_bias, use_t5_rpe: got both, allowed: one of them")
         self.windows = make_windows(grid, window_size, overlap=overlap, attn_2d=attn_2d)
@@ -62,7 +62,7 @@ class EVAAttention(PrefixedAttention):
         elif use_t5_rpe:
             self.bias = T5RelativePositionBias(self.num_heads, _offsets(self.windows))
 
-    def attend_patches(self, q, k, v, *, key_padding_mask, dropout_p):
+    def attend_patches(self, q, k, v, *, key_padding_mask):
         """q (B, H, n, D), k (B, H, P+n, D), v (B, H, P+n, E) -> (B, H, n, E)."""
         if key_padding_mask is None:
             key_padding_mask = torch.zeros(1, k.shape[2], dtype=torch.bool, device=q.device)
@@ -82,7 +82,7 @@ class EVAAttention(PrefixedAttention):
             torch.cat([prefix_v, group_v], dim=2),
             torch.cat([real, prefix, beyond], dim=-1),
             bias=None if self.bias is None else self.bias(),
-            dropout_p=dropout_p,
+            dropout_p=self.dropout_p,
         )
         return windows.merge(out)
 

@@ -17,16 +17,12 @@ import torch.nn.functional as F
 from policy.attention.base import MultiHeadAttention
 from policy.attention.windows import masked_softmax
 from policy.kernels.fibottention import backend_for, sparse_forward, why_not
+from policy.registry import choose
 
 VARIANTS = ("paper", "robot")
 MASKED_SCORES = ("zero", "exclude")
 BACKENDS = ("auto", "dense", "cpu", "triton")
 MIN_WINDOW = 5  # smallest head window of variant "paper", in tokens
-
-
-def _choose(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(map(repr, allowed))}")
 
 
 def wythoff_offsets(num_tokens, num_heads, *, modified=True, variant="paper"):
@@ -40,7 +36,7 @@ def wythoff_offsets(num_tokens, num_heads, *, modified=True, variant="paper"):
 
     Raises ValueError for an unknown variant, num_tokens < 1 or num_heads < 1.
     """
-    _choose("variant", variant, VARIANTS)
+    choose("variant", variant, VARIANTS)
     if num_tokens < 1 or num_heads < 1:
         raise ValueError(f"num_tokens, num_heads: got {num_tokens}, {num_heads}, allowed: both >= 1")
     phi = (1 + math.sqrt(5)) / 2
@@ -132,8 +128,8 @@ def fibottention(
 
     Raises ValueError for unknown options, shapes that do not fit, and what a named backend cannot do.
     """
-    _choose("masked_score", masked_score, MASKED_SCORES)
-    _choose("backend", backend, BACKENDS)
+    choose("masked_score", masked_score, MASKED_SCORES)
+    choose("backend", backend, BACKENDS)
     if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
             f"q, k, v: got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, allowed: one (B, H, P+N, D)"
@@ -231,8 +227,8 @@ class FibottentionAttention(MultiHeadAttention):
         **common,
     ):
         super().__init__(**common)
-        _choose("masked_score", masked_score, MASKED_SCORES)
-        _choose("backend", backend, BACKENDS)
+        choose("masked_score", masked_score, MASKED_SCORES)
+        choose("backend", backend, BACKENDS)
         self.num_patches = num_patches
         self.prefix_tokens = prefix_tokens
         self.masked_score = masked_score

@@ -27,33 +27,32 @@ class HybridAttention(PrefixedAttention):
     attn_drop > 0, as L forms no weights.
     """
 
+    drops = False
+
     def __init__(
         self,
         *,
-        num_patches,
         grid,
-        prefix_tokens,
         window_size=4,
         attn_2d=True,
         dilations=(1, 2, 3),
         gate_init=0.0,
         **common,
     ):
-        super().__init__(num_patches=num_patches, prefix_tokens=prefix_tokens, **common)
+        super().__init__(**common)
         self.whole = attn_2d and grid[0] > 1
-        if self.attn_drop:
-            raise ValueError(f"attn_drop: got {self.attn_drop}, allowed with HybridAttention: 0 (no weights to drop)")
         if not 1 <= len(dilations) <= self.num_heads:
             raise ValueError(f"dilations: got {len(dilations)} of them, allowed: 1 to the {self.num_heads} heads")
         self.windows = [make_windows(grid, window_size, attn_2d=attn_2d, dilation=step) for step in dilations]
         self.gate = nn.Parameter(torch.full((self.num_heads,), float(gate_init)))
 
-    def _attend(self, q, k, v, key_padding_mask, dropout_p):
-        sparse = super()._attend(q, k, v, key_padding_mask, dropout_p)
+    def attend(self, q, k, v, *, key_padding_mask=None, is_causal=False):
+        """q, k, v (B, H, P+n, D) -> (B, H, P+n, D)."""
+        sparse = super().attend(q, k, v, key_padding_mask=key_padding_mask)
         gate = self.gate.sigmoid()[:, None, None].to(q.dtype)
         return gate * sparse + (1 - gate) * linear_attention(q, k, v, key_padding_mask)
 
-    def attend_patches(self, q, k, v, *, key_padding_mask, dropout_p):
+    def attend_patches(self, q, k, v, *, key_padding_mask):
         """The sparse branch: q (B, H, n, D), k and v (B, H, P+n, D) -> (B, H, n, D)."""
         groups = zip(*(x.tensor_split(len(self.windows), dim=1) for x in (q, k, v)), strict=True)
         parts = [
@@ -62,7 +61,6 @@ class HybridAttention(PrefixedAttention):
                 *group,
                 prefix=self.prefix_tokens,
                 key_padding_mask=key_padding_mask,
-                dropout_p=dropout_p,
             )
             for windows, group in zip(self.windows, groups, strict=True)
         ]

@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from policy.attention.lara_proposals import SAMPLINGS, Proposals, choose, draw
+from policy.attention.lara_proposals import SAMPLINGS, Proposals, draw
 from policy.attention.prefixed import PrefixedAttention
 from policy.attention.ra import log_feature, scaled
 from policy.attention.windows import masked_softmax
-from policy.registry import lookup
+from policy.registry import at_least, choose
 
 
 def log_densities(draws, centres):
@@ -111,12 +111,11 @@ class LinearRandomizedAttention(PrefixedAttention):
     ):
         super().__init__(**common)
         self.whole = grid[0] > 1
-        lookup("mis_type", mis_type, MIS_TYPES)
+        choose("mis_type", mis_type, MIS_TYPES)
         choose("sampling", sampling, SAMPLINGS)
         if alpha != 1 and mis_type != "mis_opt":
             raise ValueError(f"alpha: got {alpha}, allowed with {mis_type}: 1 (it acts in mis_opt only)")
-        if noise < 0:
-            raise ValueError(f"noise: got {noise}, allowed: 0 and more")
+        at_least(0, noise=noise)
         self.mis_type, self.alpha, self.sampling, self.noise = mis_type, alpha, sampling, noise
         self.proposals = Proposals(
             proposal=proposal,
@@ -128,10 +127,10 @@ class LinearRandomizedAttention(PrefixedAttention):
             head_dim=self.qkv.in_features // self.num_heads,
         )
 
-    def attend_patches(self, q, k, v, *, key_padding_mask, dropout_p):
+    def attend_patches(self, q, k, v, *, key_padding_mask):
         """q (B, H, N, D), k, v (B, H, P+N, D) -> (B, H, N, D)."""
         of_draws, *on_tokens = self._weights(q, k, v, key_padding_mask)
-        of_keys, of_prefix = (F.dropout(weights, dropout_p, self.training).to(v.dtype) for weights in on_tokens)
+        of_keys, of_prefix = (F.dropout(weights, self.attn_drop, self.training).to(v.dtype) for weights in on_tokens)
         prefix = self.prefix_tokens
         patches = of_draws.to(v.dtype) @ (of_keys @ v[:, :, prefix:])
         return patches + of_prefix @ v[:, :, :prefix] if prefix else patches
@@ -142,7 +141,7 @@ class LinearRandomizedAttention(PrefixedAttention):
         prefix = self.prefix_tokens
         of_draws, of_keys, of_prefix = self._weights(q[:, :, prefix:], k, v, key_padding_mask)
         patches = torch.cat([of_prefix, of_draws @ of_keys], dim=-1)  # unit vectors would do for v but in "vmixed"
-        return torch.cat([super().attention_map(x, key_padding_mask)[:, :, :prefix], patches], dim=2)
+        return torch.cat([super().attention_map(x, key_padding_mask=key_padding_mask)[:, :, :prefix], patches], dim=2)
 
     def _weights(self, q, k, v, key_padding_mask):
         """Weights of patches on S draws (B, H, N, S), of draws on patches (B, H, S, N) and of patches on prefix."""

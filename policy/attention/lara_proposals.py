@@ -5,18 +5,12 @@ import math
 import torch
 from torch import nn
 
-from policy.attention.factored import at_least_one
+from policy.registry import at_least, choose
 
 PROPOSALS = ("pool", "no_param_pool", "adaptive_1d")
 MIXES = ("none", "mixed", "vmixed")
 POOL_MODULES = ("light", "dense")
 SAMPLINGS = ("single", "multisample", "antithetics")
-
-
-def choose(name, value, allowed):
-    """Raise ValueError where ``value`` of option ``name`` is none of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(allowed)}")
 
 
 def pool(x, grid, size, real=None):
@@ -62,7 +56,7 @@ class Proposals(nn.Module):
             raise ValueError(
                 f"pool_module: got {pool_module!r}, allowed with no_param_pool: light (nothing is learned)"
             )
-        at_least_one("num_landmarks", num_landmarks)
+        at_least(1, num_landmarks=num_landmarks)
         self.in_row = proposal == "adaptive_1d" or grid[0] == 1
         if not self.in_row and math.isqrt(num_landmarks) ** 2 != num_landmarks:
             raise ValueError(f"num_landmarks: got {num_landmarks}, allowed on an image: a square number")

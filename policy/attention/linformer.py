@@ -4,11 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from policy.attention.factored import FactoredAttention, at_least_one, segment_means, without_padding
+from policy.attention.base import MultiHeadAttention
+from policy.attention.padding import segment_means, without_padding
 from policy.attention.random_features import layer_generator
-from policy.registry import lookup
+from policy.registry import at_least, choose, lookup
 
-SHARES = {"none": "one pair per head", "heads": "one pair", "kv": "one matrix"}
+SHARES = ("none", "heads", "kv")
 
 
 def _normal(heads, rank, tokens, generator):
@@ -24,7 +25,7 @@ def _mean(heads, rank, tokens, generator):
 INITS = {"normal": _normal, "mean": _mean}
 
 
-class LinformerAttention(FactoredAttention):
+class LinformerAttention(MultiHeadAttention):
     """softmax(q (E k)^T / sqrt(D)) (F v) with learned E and F of shape (rank, P+N). x (B, P+N, C) -> (B, P+N, C).
 
     rank: projected tokens, at most P+N are used. share: "none" (E and F for each head), "heads" (E and F for all
@@ -35,12 +36,10 @@ class LinformerAttention(FactoredAttention):
     weights (T, rank). The map is these weights times F. Raises ValueError for other options and for more tokens.
     """
 
-    drops = True
-
     def __init__(self, *, num_patches, prefix_tokens, layer, rank=64, share="heads", init="normal", seed=0, **common):
         super().__init__(**common)
-        at_least_one("rank", rank)
-        lookup("share", share, SHARES)
+        at_least(1, rank=rank)
+        choose("share", share, SHARES)
         initial = lookup("init", init, INITS)
         tokens = prefix_tokens + num_patches
         shape = (self.num_heads if share == "none" else 1, min(rank, tokens), tokens)

@@ -17,21 +17,19 @@ class LocalAttention(PrefixedAttention):
     def __init__(
         self,
         *,
-        num_patches,
         grid,
-        prefix_tokens,
         window_size=4,
         attn_2d=False,
         overlap=False,
         relative_position_bias=False,
         **common,
     ):
-        super().__init__(num_patches=num_patches, prefix_tokens=prefix_tokens, **common)
+        super().__init__(**common)
         self.whole = attn_2d and grid[0] > 1
         self.windows = make_windows(grid, window_size, overlap=overlap, attn_2d=attn_2d)
         self.bias = RelativePositionBias(self.num_heads, self.windows) if relative_position_bias else None
 
-    def attend_patches(self, q, k, v, *, key_padding_mask, dropout_p):
+    def attend_patches(self, q, k, v, *, key_padding_mask):
         """q (B, H, n, D), k and v (B, H, P+n, D) -> (B, H, n, D)."""
         return attend_in_windows(
             self.windows.resized(q.shape[2]),
@@ -41,5 +39,5 @@ class LocalAttention(PrefixedAttention):
             prefix=self.prefix_tokens,
             key_padding_mask=key_padding_mask,
             bias=self.bias,
-            dropout_p=dropout_p,
+            dropout_p=self.dropout_p,
         )

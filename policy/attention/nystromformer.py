@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from policy.attention.factored import FactoredAttention, at_least_one, segment_means, without_padding
+from policy.attention.base import MultiHeadAttention
+from policy.attention.padding import segment_means, without_padding
+from policy.registry import at_least
 
 
 def pseudo_inverse(matrix, iterations):
@@ -22,7 +24,7 @@ def pseudo_inverse(matrix, iterations):
     return inverse
 
 
-class NystromformerAttention(FactoredAttention):
+class NystromformerAttention(MultiHeadAttention):
     """softmax(q k~^T) softmax(q~ k~^T)^+ softmax(q~ k^T) v, scores over sqrt(D). x (B, T, C) -> (B, T, C).
 
     The landmarks q~ and k~ (B, H, S, D) are means over segments, runs of tokens whose lengths differ by one at most.
@@ -33,10 +35,11 @@ class NystromformerAttention(FactoredAttention):
     attn_drop above 0 raises ValueError, as other options do.
     """
 
+    drops = False
+
     def __init__(self, *, num_landmarks=64, iterations=6, conv_kernel=None, **common):
         super().__init__(**common)
-        at_least_one("num_landmarks", num_landmarks)
-        at_least_one("iterations", iterations)
+        at_least(1, num_landmarks=num_landmarks, iterations=iterations)
         self.num_landmarks, self.iterations = num_landmarks, iterations
         self.any_tokens = conv_kernel is None
         self.conv = None

@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from policy.attention.factored import FactoredAttention, without_padding
+from policy.attention.base import MultiHeadAttention
+from policy.attention.padding import without_padding
 from policy.attention.random_features import FeatureMap
 
 CHUNK = 64  # tokens of a causal chunk, a power of two
@@ -13,7 +14,7 @@ SMALLEST = 1e-6  # smallest denominator; that of positive random features is 1 o
 SMALLEST_SIGNED = 1e-2  # of "fourier", whose estimates may come out near zero or negative
 
 
-class PerformerAttention(FactoredAttention):
+class PerformerAttention(MultiHeadAttention):
     """sum_j f(q_i) f(k_j) v_j / sum_j f(q_i) f(k_j), f from ``random_features``. x (B, T, C) -> (B, T, C).
 
     FAVOR+ (arXiv 2009.14794) and the family of HKUNLP/efficient-attention. proj_method: favorp, fourier, relu,
@@ -25,7 +26,7 @@ class PerformerAttention(FactoredAttention):
     states of chunks, linear in T, too. attn_drop above 0 raises ValueError, as other options do.
     """
 
-    causal = True
+    causal, drops = True, False
 
     def __init__(
         self,

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from policy.attention.base import MultiHeadAttention
-from policy.attention.softmax import SoftmaxAttention
+from policy.attention.softmax import allowed_pairs
 from policy.attention.windows import masked_softmax
+from policy.registry import at_least, choose
 
 EVALUATIONS = ("mean", "expectation", "sample")
 
@@ -53,33 +54,25 @@ class RandomizedAttention(MultiHeadAttention):
     attn_drop: on the weights, in training. Raises ValueError for wrong options.
     """
 
-    causal = any_tokens = True
+    causal = any_tokens = quadratic = True
 
     def __init__(self, *, num_samples=1, evaluation="mean", noise=1.0, **common):
         super().__init__(**common)
-        if num_samples < -1:
-            raise ValueError(f"num_samples: got {num_samples}, allowed: -1 and more")
-        if evaluation not in EVALUATIONS:
-            raise ValueError(f"evaluation: got {evaluation!r}, allowed: {', '.join(EVALUATIONS)}")
+        at_least(-1, num_samples=num_samples)
+        choose("evaluation", evaluation, EVALUATIONS)
         if num_samples == -1 and evaluation == "sample":
             raise ValueError("evaluation: got 'sample', allowed with num_samples -1: mean, expectation")
         if num_samples == 0 and evaluation == "expectation":
             raise ValueError("evaluation: got 'expectation', allowed with num_samples 0: mean, sample (it is biased)")
-        if noise < 0:
-            raise ValueError(f"noise: got {noise}, allowed: 0 and more")
+        at_least(0, noise=noise)
         if num_samples == -1 and noise != 1:
             raise ValueError(f"noise: got {noise}, allowed with num_samples -1: 1 (nothing is drawn)")
         self.num_samples, self.evaluation, self.noise = num_samples, evaluation, noise
 
     def attend(self, q, k, v, *, key_padding_mask=None, is_causal=False):
         """q, k, v (B, H, T, D) -> (B, H, T, D)."""
-        weights = self._weights(q, k, SoftmaxAttention._mask(q, key_padding_mask, is_causal))
+        weights = self._weights(q, k, allowed_pairs(q, key_padding_mask, is_causal))
         return F.dropout(weights, self.attn_drop, self.training).to(v.dtype) @ v
-
-    def attention_map(self, x, is_causal=False, key_padding_mask=None):
-        """Weights (B, H, T, T) that each query gives to each key, those of one draw where they are random."""
-        q, k, _ = self.split(x)
-        return self._weights(q, k, SoftmaxAttention._mask(q, key_padding_mask, is_causal))
 
     def _weights(self, q, k, mask):
         drawn = self.training or self.evaluation == "sample"

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from policy.attention.factored import at_least_one
-from policy.registry import lookup
+from policy.registry import at_least, choose, lookup
 
-SCHEMES = {"resample": "at every training step", "fixed": "once", "learnable": "once, then trained"}
+SCHEMES = ("resample", "fixed", "learnable")
 RELU_SHIFT, PLAIN_SHIFT = 1e-3, 0.1  # keep features above zero
 
 
@@ -84,11 +83,11 @@ class FeatureMap(nn.Module):
     def __init__(self, num_heads, width, *, proj_method, num_features, sample_scheme, seed, layer):
         super().__init__()
         lookup("proj_method", proj_method, dict.fromkeys(PROJ_METHODS))
-        lookup("sample_scheme", sample_scheme, SCHEMES)
+        choose("sample_scheme", sample_scheme, SCHEMES)
         if sample_scheme == "learnable" and proj_method not in RANDOM:
             allowed = "resample, fixed (nothing is drawn)"
             raise ValueError(f"sample_scheme: got 'learnable', allowed with {proj_method}: {allowed}")
-        at_least_one("num_features", num_features)
+        at_least(1, num_features=num_features)
         unit = {"dpfp": 2 * width, "mlp_fourier": 2}.get(proj_method, 1)
         if num_features % unit:
             allowed = f"multiples of {unit}"

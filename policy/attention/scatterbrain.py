@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from policy.attention.factored import without_padding
+from policy.attention.padding import without_padding
 from policy.attention.performer import SMALLEST, mask_keys
 from policy.attention.prefixed import PrefixedAttention
 from policy.attention.random_features import FeatureMap
@@ -23,12 +23,12 @@ class ScatterbrainAttention(PrefixedAttention):
     leaves an error of 1e-7 F. attn_drop above 0 raises ValueError, as options do that those two refuse.
     """
 
+    drops = False
+
     def __init__(
         self,
         *,
-        num_patches,
         grid,
-        prefix_tokens,
         layer,
         window_size=4,
         attn_2d=False,
@@ -39,17 +39,15 @@ class ScatterbrainAttention(PrefixedAttention):
         seed=0,
         **common,
     ):
-        super().__init__(num_patches=num_patches, prefix_tokens=prefix_tokens, **common)
+        super().__init__(**common)
         self.whole = attn_2d and grid[0] > 1
-        if self.attn_drop:
-            raise ValueError(f"attn_drop: got {self.attn_drop}, allowed with ScatterbrainAttention: 0")
         self.windows = make_windows(grid, window_size, overlap=overlap, attn_2d=attn_2d)
         self.bias = RelativePositionBias(self.num_heads, self.windows) if relative_position_bias else None
         options = {"proj_method": "favorp", "num_features": num_features, "sample_scheme": sample_scheme}
         width = self.proj.in_features // self.num_heads
         self.features = FeatureMap(self.num_heads, width, seed=seed, layer=layer, **options)
 
-    def attend_patches(self, q, k, v, *, key_padding_mask, dropout_p):
+    def attend_patches(self, q, k, v, *, key_padding_mask):
         """q (B, H, n, D), k and v (B, H, P+n, D) -> (B, H, n, D)."""
         dtype = torch.promote_types(v.dtype, torch.float32)
         with torch.autocast(v.device.type, enabled=False):

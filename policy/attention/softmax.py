@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from policy.attention.base import MultiHeadAttention
-from policy.attention.windows import masked_softmax
 
 
 class SoftmaxAttention(MultiHeadAttention):
@@ -26,20 +25,14 @@ class SoftmaxAttention(MultiHeadAttention):
         """q, k, v (B, H, T, D) -> (B, H, T, D)."""
         if key_padding_mask is None:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_p, is_causal=is_causal)
-        mask = self._mask(q, key_padding_mask, is_causal)
+        mask = allowed_pairs(q, key_padding_mask, is_causal)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout_p)
 
-    def attention_map(self, x, is_causal=False, key_padding_mask=None):
-        """Weights (B, H, T, T) that each query gives to each key."""
-        q, k, _ = self.split(x)
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        return masked_softmax(scores, self._mask(q, key_padding_mask, is_causal))
 
-    @staticmethod
-    def _mask(q, key_padding_mask, is_causal):
-        """Pairs (B or 1, 1, T, T) that may attend."""
-        tokens = q.shape[2]
-        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=q.device)
-        if is_causal:
-            mask = mask.tril()
-        return mask if key_padding_mask is None else mask & ~key_padding_mask[:, None, None]
+def allowed_pairs(q, key_padding_mask, is_causal):
+    """Pairs (B or 1, 1, T, T) that may attend."""
+    tokens = q.shape[2]
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=q.device)
+    if is_causal:
+        mask = mask.tril()
+    return mask if key_padding_mask is None else mask & ~key_padding_mask[:, None, None]

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from policy.registry import at_least
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -107,9 +109,7 @@ def make_windows(grid, window_size, *, overlap=False, attn_2d=False, dilation=1)
     overlap: keys reach half a window (at least one token) beyond each side. Windows are cut down to the grid; without
     attn_2d the grid is read row by row as one sequence. Raises ValueError for sizes below 1.
     """
-    for name, value in (("window_size", window_size), ("dilation", dilation)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, allowed: 1 and more")
+    at_least(1, window_size=window_size, dilation=dilation)
     grid = tuple(grid) if attn_2d else (1, grid[0] * grid[1])
     reach = max(1, window_size // 2) if overlap else 0
     steps = tuple(1 if size == 1 else dilation for size in grid)

