@@ -1,17 +1,24 @@
-"""Pictures of a run: losses and scores over the steps."""
+"""What a run logged, and its picture: losses, scores and the learning rate over steps and epochs."""
 
 import json
 from fnmatch import filter as matching
 
-GROUPS = (  # title, patterns of keys of metrics.jsonl, logarithmic axis
-    ("loss", ("train_loss", "val_loss", "test_loss"), True),
-    ("parts of the loss", ("train_diffusion", "train_decode_*"), True),
-    ("score and success rate", ("score_mean", "success_rate"), False),
-    ("expert in the loop, by round", ("round_score", "round_success"), False),
-    ("accuracy", ("train_top1", "top1", "top5"), False),
-    ("keypoint error (px)", ("train_px", "val_px"), True),
-    ("learning rate", ("lr",), False),
+from policy.training.pictures import PALETTE, new_figure, save_png
+
+PANELS = (  # label of the axis, patterns of keys of metrics.jsonl, scale
+    ("loss", ("train_loss", "val_loss", "test_loss"), "log"),
+    ("parts of the loss, mean squared errors", ("train_diffusion", "train_decode_*"), "log"),
+    ("score and success rate, 0 to 1", ("score_mean", "success_rate"), "share"),
+    ("expert in the loop, by round, 0 to 1", ("round_score", "round_success"), "share"),
+    ("accuracy, share of the samples", ("train_top1", "top1", "top5"), "share"),
+    ("keypoint error, px", ("train_px", "val_px"), "log"),
+    ("learning rate", ("lr",), "linear"),
 )
+NAMES = {"train_loss": "training", "val_loss": "held out (EMA)", "test_loss": "test (EMA)", "train_px": "training"}
+NAMES |= {"val_px": "held out (EMA)", "score_mean": "score", "success_rate": "success rate", "lr": "learning rate"}
+NAMES |= {"round_score": "score", "round_success": "success rate", "train_top1": "top-1, training"}
+NAMES |= {"top1": "top-1, test", "top5": "top-5, test", "train_diffusion": "noise"}
+ACROSS = 3  # panels in a row
 
 
 def read_metrics(run_dir):
@@ -22,29 +29,46 @@ def read_metrics(run_dir):
 
 def plot_curves(run_dir):
     """Write curves.png of a run folder from its metrics.jsonl; returns the path, or None with nothing to draw."""
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
-
     lines = read_metrics(run_dir)
     present = {key: None for line in lines for key in line}  # in order
-    groups = []
-    for title, patterns, logarithmic in GROUPS:
+    panels = []
+    for label, patterns, scale in PANELS:
         keys = [key for pattern in patterns for key in matching(present, pattern)]
-        if keys and not (title.startswith("parts") and len(keys) == 1):  # one part is the whole loss
-            groups.append((title, keys, logarithmic))
-    if not groups:
+        if keys and keys != ["train_diffusion"]:  # one part is the whole loss
+            panels.append((label, keys, scale))
+    if not panels:
         return None
-    figure = Figure(figsize=(4.6 * len(groups), 3.6), layout="constrained")
-    for axes, (title, keys, logarithmic) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        for key in keys:
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            axes.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
-        if logarithmic:
-            axes.set_yscale("log")
-        if "score" in keys[0]:
-            axes.set_ylim(0, 1)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    path = run_dir / "curves.png"
-    figure.savefig(path, dpi=110)
-    return path
+    columns = 2 if len(panels) == 4 else min(len(panels), ACROSS)
+    rows = -(-len(panels) // columns)
+    figure = new_figure(4.4 * columns, 3.5 * rows)
+    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, panel in zip(all_axes, panels, strict=False):
+        _draw(axes, lines, *panel)
+    for axes in list(all_axes)[len(panels) :]:
+        axes.axis("off")
+    return save_png(figure, run_dir / "curves.png")
+
+
+def _draw(axes, lines, label, keys, scale):
+    """One panel; all of them show the whole run."""
+    for key, colour in zip(keys, PALETTE * len(keys), strict=False):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        name = NAMES.get(key, key.removeprefix("train_").replace("decode_", "decoded "))
+        marker = "o" if len(points) < 30 else None
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=3.5, linewidth=1.5)
+    last = lines[-1]
+    axes.set(xlabel="step", ylabel=label, xlim=(0, 1.02 * last["step"]))
+    if scale == "share":
+        axes.set(ylim=(-0.03, 1.03), yticks=[0, 0.25, 0.5, 0.75, 1])
+    elif scale == "log":
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter("")
+        low, high = axes.get_ylim()
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if high < 1e3 * low else (1,))
+    axes.yaxis.set_major_formatter("{x:g}")
+    if last.get("epoch"):
+        rate = last["step"] / last["epoch"]
+        axes.secondary_xaxis("top", functions=(lambda step: step / rate, lambda epoch: epoch * rate)).set_xlabel("epoch")
+    axes.grid(alpha=0.3)
+    if keys != ["lr"]:
+        axes.legend(frameon=False, fontsize=9)

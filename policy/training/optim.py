@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from policy.training.protocols import Layered
+
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "steps")
 
@@ -58,7 +60,7 @@ def parameter_groups(model, options):
     there, no weight decay of vectors, class token and position codes. All others get one group.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not hasattr(model, "layer_of"):
+    if not isinstance(model, Layered):
         if options.layer_decay is not None:
             raise ValueError(f"training.layer_decay: got {options.layer_decay}, allowed: null for this model")
         return [{"params": [p for _, p in trained], "lr_scale": 1.0, "weight_decay": options.weight_decay}]

@@ -1,9 +1,126 @@
-"""Pictures of reconstructed observations."""
+"""What all pictures share: one palette, one kind of figure, labelled rows of images; and reconstructions."""
+
+import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = PALETTE  # Okabe and Ito's, which colour-blind readers can tell apart
+GREY = "#5F6B76"  # of what explains
 COLUMNS = 8
+GAP = 6  # px between images
+
+
+def new_figure(width, height):
+    """An empty figure of so many inches; its parts never overlap."""
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display; imported late, for it takes a while
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png_of(picture, *, dpi=130, colours=None):
+    """Bytes of the PNG of a figure or a PIL image; colours: so many at most, which makes a small file."""
+    file = io.BytesIO()
+    if hasattr(picture, "savefig"):
+        picture.savefig(file, format="png", dpi=dpi)
+        if colours is None:
+            return file.getvalue()
+        picture = Image.open(file)
+    if colours is not None:
+        picture, file = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE), io.BytesIO()
+    picture.save(file, format="PNG", optimize=colours is not None)
+    return file.getvalue()
+
+
+def save_png(picture, path, **options):
+    """Write a figure or a PIL image whole or not at all, options as of ``png_of``; returns ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(png_of(picture, **options))
+    partial.replace(path)
+    return path
+
+
+# Rows of images ------------------------------------------------------------------------------------------------------
+
+
+def picture_rows(rows, *, caption="", side=144):
+    """A PIL image of labelled rows of images, each about ``side`` px high: whole multiples of its pixels, or fewer.
+
+    rows: [(label, images [(h, w, 3) uint8], titles above them)]; a title is text or (text, colour), and there may be
+    none. Lines of labels and titles break at "\\n"; what is too wide for its image is cut.
+    """
+    font, small = _font(15), _font(13)
+    rows = [(label, [_scaled(image, side) for image in images], titles) for label, images, titles in rows]
+    left = max((_width(label, font) for label, *_ in rows), default=0)
+    left = left + 2 * GAP if left else GAP
+    widths = [sum(image.width + GAP for image in images) for _, images, _ in rows]
+    canvas = Image.new("RGB", (left + max(widths), sum(map(_height, rows)) + GAP), "white")
+    draw, top = ImageDraw.Draw(canvas), GAP
+    for label, images, titles in rows:
+        above = _height((label, images, titles)) - GAP - images[0].height
+        middle = (GAP, top + above + images[0].height / 2)
+        draw.multiline_text(middle, label, fill=BLACK, font=font, anchor="lm", spacing=3)
+        x = left
+        for image, title in zip(images, titles or [""] * len(images), strict=True):
+            canvas.paste(image, (x, top + above))
+            draw.rectangle([x - 1, top + above - 1, x + image.width, top + above + image.height], outline="#B8C0C8")
+            text, colour = (title, GREY) if isinstance(title, str) else title
+            for number, line in enumerate(reversed(text.split("\n"))):
+                place = (x + image.width / 2, top + above - 4 - 16 * number)
+                draw.text(place, _cut(line, small, image.width), fill=colour, font=small, anchor="mb")
+            x += image.width + GAP
+        top += _height((label, images, titles))
+    return _with_caption(canvas, caption, small)
+
+
+def _with_caption(picture, caption, font):
+    lines, line = [], ""
+    for word in caption.split():
+        longer = f"{line} {word}".strip()
+        if line and font.getlength(longer) > picture.width - 2 * GAP:
+            lines.append(line)
+            longer = word
+        line = longer
+    lines += [line] if line else []
+    canvas = Image.new("RGB", (picture.width, picture.height + 18 * len(lines) + (GAP if lines else 0)), "white")
+    canvas.paste(picture)
+    ImageDraw.Draw(canvas).multiline_text((GAP, picture.height), "\n".join(lines), fill=GREY, font=font, spacing=3)
+    return canvas
+
+
+def _height(row):
+    """px of a row with its titles and the gap below."""
+    _, images, titles = row
+    lines = max((1 + (title if isinstance(title, str) else title[0]).count("\n") for title in titles or ()), default=0)
+    return images[0].height + GAP + 16 * lines + (4 if lines else 0)
+
+
+def _scaled(image, side):
+    image = Image.fromarray(np.ascontiguousarray(image))
+    if image.height > side:
+        return image.resize((max(round(image.width * side / image.height), 1), side), Image.Resampling.BOX)
+    factor = max(round(side / image.height), 1)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _font(size):
+    from matplotlib import get_data_path  # its font knows every alphabet of our data
+
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _width(text, font):
+    return round(max(map(font.getlength, text.split("\n"))))
+
+
+def _cut(text, font, width):
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def write_reconstructions(path, pairs):
@@ -11,15 +128,13 @@ def write_reconstructions(path, pairs):
 
     Shows the last observed step of the first few of B.
     """
-    rows = []
-    for observed, reconstructed in pairs.values():
-        for images in (observed, reconstructed):
+    rows, count = [], 0
+    for camera, pair in pairs.items():
+        for what, images in zip(("observed", "reconstructed"), pair, strict=True):
             images = images[:COLUMNS, -1].float().cpu().numpy().transpose(0, 2, 3, 1)  # (columns, h, w, 3)
-            rows.append(np.concatenate(list(images), axis=1))
-    width = max(row.shape[1] for row in rows)
-    rows = [np.pad(row, ((0, 2), (0, width - row.shape[1]), (0, 0)), constant_values=1) for row in rows]
-    pixels = np.clip((np.concatenate(rows) + 1) * 127.5, 0, 255).round().astype(np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    Image.fromarray(pixels).save(partial, format="PNG")
-    partial.replace(path)
+            images, count = np.clip((images + 1) * 127.5, 0, 255).round().astype(np.uint8), len(images)
+            titles = None if rows else [f"window {number + 1}" for number in range(count)]
+            rows.append((f"{camera}\n{what}", list(images), titles))
+    sizes = ", ".join(f"{name} {pair[1].shape[-1]} x {pair[1].shape[-2]} px" for name, pair in pairs.items())
+    caption = f"The last observed step of {count} held-out windows, and what the decoder makes of it: {sizes}."
+    save_png(picture_rows(rows, caption=caption), path)

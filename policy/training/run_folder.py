@@ -3,6 +3,7 @@
 import json
 
 from policy.checkpoint import LAST, load_checkpoint, save_checkpoint
+from policy.files import write_whole
 from policy.training.curves import plot_curves
 from policy.training.pictures import write_reconstructions
 
@@ -70,9 +71,7 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         if self.writes and metrics.exists():
             lines = [line for line in metrics.read_text().splitlines(keepends=True) if _before(line, state["step"])]
-            partial = metrics.with_suffix(".partial")
-            partial.write_text("".join(lines))
-            partial.replace(metrics)
+            write_whole(metrics, "".join(lines))
         return path, tensors, state
 
 
