@@ -1,17 +1,23 @@
-"""Train a policy: compose the configuration, build data and model, train with the one trainer, roll out.
+"""Train anything: a policy, its encoder, an image or video classifier, a language model, translation.
 
-    python train.py --config-dir=config/pusht [--config-name=typea] [preset=paper|small|cpu|smoke] [key=value ...]
-    python train.py --config-dir=config/pusht resume=RUN_FOLDER
+    python train.py --config-dir=config/TASK [--config-name=NAME] [key=value ...]
 
-From here to the loss in four files: the config, this one, policy/diffusion.py, policy/attention/fibottention.py.
+    python train.py --config-dir=config/pusht                          a policy, about 15 minutes on two CPU cores
+    python train.py --config-dir=config/pusht preset=smoke             the same in a minute, to see everything run
+    python train.py --config-dir=config/pusht --cfg job                every key with its value and what it means
+    python train.py --config-dir=config/pusht --multirun seed=1,2,3    a sweep; python -m eval.report shows it
+    python train.py --config-dir=config/pusht resume=RUN_FOLDER        go on exactly where a run stopped
+    torchrun --nproc_per_node 2 train.py --config-dir=config/pusht     several processes
+
+From here to the loss: the configuration, this file, policy/diffusion.py, policy/attention/fibottention.py.
 """
 
+import contextlib
 import os
-import re
+import signal
 import sys
 import traceback
-from datetime import datetime, timedelta
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 
 import hydra
@@ -24,159 +30,25 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from envs import close_env, make_env
-from eval.rollout.dagger import check_dagger, fit_with_corrections
-from eval.rollout.loop import describe, rollout, write_results
-from eval.shared.command import check_types, command
-from eval.shared.compose import locate_data  # and the resolvers of the configuration
-from eval.shared.tracker import record
-from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
-from policy.checkpoint import load_checkpoint, load_encoder_weights, load_model
-from policy.dataset.replay_buffer import open_zarr
-from policy.training.trainer import Trainer, uses_cpu
+from eval.benchmark import build_benchmark
+from eval.benchmark.fit import fit
+from eval.benchmark.start import complete
+from eval.shared.command import command
+from eval.shared.compose import first_config
+from eval.shared.help import annotated, check_flags, config_dir, usage
+from eval.shared.overrides import check_types, task_folders
+from eval.shared.run_config import check_new, stored_config
+from policy.training.processes import uses_cpu
 
-ROOT = Path(__file__).resolve().parent
-WAIT = timedelta(hours=4)  # of the other processes, while the first one renders or rolls out alone
-
-
-def choose_preset(arguments):
-    """``arguments`` with preset=auto, the default of policies, replaced by what suits this machine; says which.
-
-    Pre-training has no presets, and a resumed run keeps its own.
-    """
-    chosen = [a.split("=", 1)[1] for a in arguments if a.startswith("preset=")]
-    pretraining = re.search(r"(^| )(--config-name|-cn)[= ]pretrain( |$)", " ".join(arguments))
-    if pretraining or any(a.startswith("resume=") for a in arguments) or (chosen and chosen[-1] != "auto"):
-        return arguments
-    cuda = torch.cuda.is_available()
-    preset = "paper" if cuda else "cpu"
-    print(f"preset=auto -> {preset} ({'CUDA is present' if cuda else 'no CUDA here'})")
-    return [a for a in arguments if not a.startswith("preset=")] + [f"preset={preset}"]
-
-
-def start_encoder(model, options):
-    """Load ``encoder.init`` into every camera's encoder and freeze it if asked; returns a line that says so.
-
-    Each camera starts from that of the same name, or all from the only one there is. Raises ValueError when the weights
-    do not fit, or would be frozen under another attention than they learned with, which has the same parameters and
-    would silently see something else.
-    """
-    init, freeze, notes = options["encoder"]["init"], options["encoder"]["freeze"], []
-    if init != "none":
-        source = load_model(Path(init) if Path(init).exists() else ROOT / init)
-        learned, asked = source.config["attention"], options["attention"]
-        if freeze and learned != asked:
-            raise ValueError(
-                f"attention: got {asked}, allowed with the frozen encoder.init={init}: {learned};"
-                " or encoder.freeze=false, or encoder.init=none"
-            )
-        sources = source.encoder.encoders
-        for camera, encoder in model.encoder.encoders.items():
-            if camera not in sources and len(sources) > 1:
-                raise ValueError(f"encoder.init={init}: got cameras {', '.join(sources)}, allowed: one, or {camera!r}")
-            start = sources[camera] if camera in sources else next(iter(sources.values()))
-            notes += load_encoder_weights(encoder, start.state_dict(), f"encoder.init={init}")
-    if freeze:
-        model.encoder.encoders.requires_grad_(False)
-    weights = "random weights" if init == "none" else init
-    return ", ".join([f"encoder: {weights}", "frozen" if freeze else "trained", *notes])
-
-
-def describe_model(model):
-    """Parameter counts by part, in millions."""
-    counts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
-    return "parameters: " + ", ".join(f"{name} {n:.2f} M" for name, n in counts.items() if n)
-
-
-def stored_config(run_dir, overrides):
-    """Configuration of a run to resume, with plain ``key=value`` overrides on top."""
-    _, config, _ = load_checkpoint(run_dir / "checkpoints" / "last.safetensors", prefix="none")
-    # What a run from before an option existed does not name.
-    base = OmegaConf.merge(*(OmegaConf.load(ROOT / "config" / name) for name in ("run.yaml", "base.yaml")))
-    config = OmegaConf.merge({"seed": 0, "dagger": base.dagger, "training": base.training}, config)
-    OmegaConf.set_struct(config, True)
-    changes = [o for o in overrides if not o.startswith(("resume=", "hydra"))]
-    for change in changes:
-        key = change.split("=", 1)[0]
-        if "=" not in change or OmegaConf.is_dict(OmegaConf.select(config, key)) or key == "preset":
-            raise ValueError(f"override with resume: got {change!r}, allowed: key=value of single values")
-    config.merge_with_dotlist(changes)
-    return config
+WAIT = timedelta(hours=4)  # of the other processes, while the first one renders, rolls out or tests alone
 
 
 def run(config, run_dir, resume=False):
-    """Train what ``config`` (resolved) describes in the folder ``run_dir``; returns the trainer."""
-    print(f"run: {run_dir}")
+    """Train what ``config`` (composed) describes in the folder ``run_dir``; returns the trainer."""
+    check_types(config)
     torch.manual_seed(config.seed)
-    options = OmegaConf.to_container(config, resolve=True)
-    model = build_model(options)  # before the data, whose rendering takes a minute: a wrong option shows at once
-    print(describe_model(model) + "\n" + start_encoder(model, options))
-    check_dagger(options)
-    with PartialState().main_process_first():  # the others find what it rendered
-        path = locate_data(options["task"], options["cache_dir"])
-    if "env_args" in options["task"]["env"]:  # rollouts happen in the environment that the data set is from
-        options["task"]["env"]["env_args"] = open_zarr(path).attrs.get("env_args")
-    train_data, val_data = build_datasets(options, path)
-    print(f"data: {len(train_data)} training windows, {len(val_data) if val_data else 0} held out")
-    model.fit_normalizer(train_data)
-    is_policy = hasattr(model, "sample")
-    rolls_out = is_policy and options["rollout"]["episodes"] > 0
-    if rolls_out or options["dagger"]["rounds"]:
-        _check_simulator(options)
-    trainer = Trainer(
-        model,
-        train_data,
-        val_data,
-        options=config.training,
-        config=options,
-        run_dir=run_dir,
-        device=config.device,
-        evaluate=_evaluator(options, run_dir) if rolls_out else None,
-    )
-    if resume:
-        trainer.resume()
-    device = trainer.accelerator.device
-    if is_policy and options["encoder"]["freeze"]:
-        cache_features(model, [d for d in (train_data, val_data) if d], device=device)
-    place_buffer(train_data.buffer, options["storage"], device)
-    record(trainer, options, run_dir)
-    if is_policy:
-        extend = partial(extend_dataset, train_data, config=options, policy=model, device=device)
-        fit_with_corrections(trainer, options, run_dir, extend=extend)
-    else:
-        trainer.fit()
-    return trainer
-
-
-def _check_simulator(options):
-    """What does not work shows now, not after the first epochs."""
-    try:
-        close_env(make_env(**options["task"]["env"]))
-    except ImportError as error:
-        raise ImportError(f"{error}; rollout.episodes=0 trains without a simulator") from error
-
-
-def _evaluator(options, run_dir):
-    def evaluate(policy, epoch):
-        summary, films = rollout(policy, options["task"]["env"], **options["rollout"])
-        write_results(run_dir / "rollouts" / f"epoch_{epoch:04d}", summary, films)
-        print(f"\nepoch {epoch}: {describe(summary)}")
-        return {key: summary[key] for key in ("score_mean", "success_rate")}
-
-    return evaluate
-
-
-def run_dir_for(resume, task, preset):
-    """The folder of a run: the resumed one, or a new one named after task, preset and time.
-
-    Of several processes only the first names and makes it; the others hear of it in ``main``.
-    """
-    if int(os.environ.get("RANK", 0)) > 0:
-        return "."
-    return resume or f"runs/{task}/{preset}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-
-
-OmegaConf.register_new_resolver("run_dir", run_dir_for, use_cache=True, replace=True)
+    benchmark = build_benchmark(OmegaConf.to_container(config, resolve=True), run_dir, resume=resume)
+    return fit(benchmark, config, run_dir, resume=resume)
 
 
 @command
@@ -186,23 +58,28 @@ def job(config):
         AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=uses_cpu(config.device), timeout=WAIT)
     run_dir = Path(broadcast_object_list([HydraConfig.get().runtime.output_dir])[0])
-    resume = config.resume is not None
-    if resume:
-        config = stored_config(run_dir, HydraConfig.get().overrides.task)
-    if config.preset == "auto":
-        raise ValueError("preset: got 'auto' among several, allowed: 'auto' alone, or paper, small, cpu, smoke")
-    check_types(config)
-    run(config, run_dir, resume)
+    changes, resume = list(HydraConfig.get().overrides.task), config.resume is not None
+    # Ends cleanly while nothing is trained yet; later the trainer saves first.
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        if not resume:
+            check_new(run_dir)
+        return run(stored_config(run_dir, changes) if resume else complete(config, changes), run_dir, resume)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()  # only if it is empty: a start that failed leaves no folder
 
 
-@hydra.main(config_path="config", config_name="typea", version_base="1.3")
 def main(config):
     """One job. In a sweep one that fails says why and the others go on; only a signal ends them all."""
     settings = HydraConfig.get()
     if settings.mode != RunMode.MULTIRUN:
-        return job(config)
+        job(config)
+        return
     try:
-        return job(config)
+        job(config)
+        return
     except SystemExit as end:
         if end.code != 1:
             raise
@@ -212,7 +89,24 @@ def main(config):
     raise HydraException(f"job {settings.job.num} of the sweep failed: {' '.join(settings.overrides.task)}")
 
 
+@command
+def cli(arguments):
+    """The command line."""
+    folder = config_dir(arguments)
+    if folder is None and {"--help", "-h"} & set(arguments):
+        print(usage(__doc__))
+        return
+    check_flags(arguments)
+    if folder is None:
+        names = ", ".join(f"config/{name}" for name in task_folders())
+        raise ValueError(f"--config-dir: got none, allowed: {names}")
+    start = hydra.main(config_path="config", config_name=first_config(folder), version_base="1.3")(main)
+    if {"--cfg", "-c"} & set(arguments):
+        print(annotated(start))
+    else:
+        start()
+
+
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach ``command``, which prints one line
-    sys.argv[1:] = choose_preset(sys.argv[1:])
-    command(main)()
+    cli(sys.argv[1:])

@@ -5,8 +5,6 @@ loading never executes code.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 
 from policy.build import build_model
 from policy.encoder.adapt import adapt_weights
+from policy.files import whole
 
 FORMAT = "fibottention-policy-1"
 LAST = "last.safetensors"
@@ -25,10 +24,6 @@ def save_checkpoint(path, tensors, *, config, state):
     Raises OSError when the disk refuses; an older file at ``path`` then stays as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder, because safetensors writes to a temporary file of its own beside its target; a killed process leaves it.
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     metadata = {"format": FORMAT, "config": json.dumps(config), "state": json.dumps(state)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     memory = set()
@@ -38,17 +33,11 @@ def save_checkpoint(path, tensors, *, config, state):
             tensors[name] = tensor.clone()
         memory.add(tensor.untyped_storage().data_ptr())
     try:
-        partial.mkdir()
-        written = partial / path.name
-        save_file(tensors, written, metadata=metadata)
-        written.chmod(partial.stat().st_mode & 0o666)  # safetensors makes it readable by its owner alone
-        with open(written, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(written, path)
+        with whole(path) as place:
+            save_file(tensors, place, metadata=metadata)
+            place.chmod(place.parent.stat().st_mode & 0o666)  # safetensors makes it readable by its owner alone
     except (OSError, SafetensorError) as error:
         raise OSError(f"checkpoint {path} was not written ({error}); the previous one is untouched") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_checkpoint(path, prefix=""):
@@ -109,7 +98,7 @@ def load_encoder_weights(encoder, tensors, name):
 
     ValueError where more than the grid or the patch size differs (``adapt_weights``), with the keys.
     """
-    tensors, notes = adapt_weights(encoder, tensors) if hasattr(encoder, "grid") else (tensors, [])
+    tensors, notes = adapt_weights(encoder, tensors) if hasattr(encoder, "grid") else (tensors, [])  # a ViT
     load_weights(encoder, tensors, name)
     return notes
 

@@ -21,10 +21,9 @@ from eval.attention.page import html_page
 from eval.attention.plots import plot_latency, plot_maps, plot_tradeoff, plot_training
 from eval.attention.tables import COMPARED, csv_text, markdown
 from eval.attention.train import FIRST_SEED, configure, train
-from eval.classify_image import PRESETS
 from eval.shared.command import command
 from eval.shared.machine import check_positive, choose_device, describe_machine, fix_allocation
-from eval.shared.tracker import write_whole
+from policy.files import write_whole
 from eval.speed.attention import DIRECTIONS
 
 PATCHES = [64, 196, 400, 784, 1568, 3136, 6272]
@@ -132,7 +131,7 @@ def _parser():
     parser.add_argument("--images", type=int, default=8, help="pictures for the error to softmax, default 8")
     parser.add_argument("--train", action="store_true", help="train each mechanism on the image benchmark, too")
     parser.add_argument("--data", help="of the training, as of eval.classify_image; default its own")
-    parser.add_argument("--preset", choices=PRESETS, help="of the training, default as eval.classify_image")
+    parser.add_argument("--preset", help="of the training, a file of config/preset; default: the one of the data")
     parser.add_argument("--seeds", type=int, default=1, help="training runs of each mechanism, default 1")
     parser.add_argument("--epochs", type=int, help="of the training, default as eval.classify_image")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the training configuration")

@@ -1,18 +1,23 @@
 """Every attention mechanism trained on the image benchmark, at equal steps and seeds; ``eval.attention --train``."""
 
-import argparse
 import json
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from eval import classify_image
+from eval.benchmark import build_benchmark
+from eval.benchmark.fit import fit
+from eval.benchmark.start import complete
 from eval.report.groups import seed_interval
-from eval.shared import classify
+from eval.shared.classify import quoted
+from eval.shared.compose import compose_task
+from eval.shared.overrides import task_folders
+from eval.shared.run_config import COMPOSED, stored_config
 from policy.checkpoint import LAST
 
-FIRST_SEED = 42  # that of config/run.yaml
+FIRST_SEED = 42  # that of config/base/run.yaml
 # What must not differ between the runs of a sweep; the rest depends on the machine or on the data.
 SETTINGS = ("data", "image_size", "encoder", "attention", "augment", "recipe", "training")
 
@@ -36,24 +41,30 @@ def train(names, folder, *, seeds=1, **changes):
 
 
 def configure(name, seed, *, data=None, preset=None, epochs=None, overrides=()):
-    """The configuration of one run, that of ``python -m eval.classify_image --mode scratch``."""
-    parser = argparse.ArgumentParser()
-    classify.add_arguments(parser, modes=("scratch",), presets=classify_image.PRESETS)
-    options = {"--data": data, "--preset": preset}
-    chosen = [part for option, value in options.items() if value is not None for part in (option, value)]
-    steps = [] if epochs is None else [f"training.epochs={epochs}"]
-    line = ["--mode", "scratch", *chosen, *overrides, *steps, f"attention={name}", f"seed={seed}"]
-    return classify_image.configure(classify.parse(parser, line))
+    """The composed configuration of one run, that of ``python train.py --config-dir=config/DATA attention=NAME``.
+
+    data: a folder of config/, or what config/images takes as data=...; pusht_octant by default.
+    """
+    folder = data or "pusht_octant"
+    changes = [*overrides, f"attention={name}", f"seed={seed}"]
+    if folder not in task_folders():
+        folder, changes = "images", [*changes, f"data={quoted(data)}"]
+    changes += [f"preset={preset}"] if preset else []
+    changes += [f"training.epochs={epochs}"] if epochs is not None else []
+    return complete(compose_task(folder, changes), changes)
 
 
 def _run(config, folder):
     """The summary of the run in ``folder``, from there where it is finished."""
     stopped = (folder / "checkpoints" / LAST).exists()
     if stopped or (folder / "summary.json").exists():
-        _check_same(config, OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), folder)
-    if (folder / "summary.json").exists():
-        return json.loads((folder / "summary.json").read_text())
-    return classify_image.run(classify.stored(folder) if stopped else config, folder, resume=stopped)
+        _check_same(config, OmegaConf.load(folder / COMPOSED), folder)
+    if not (folder / "summary.json").exists():
+        config = stored_config(folder, []) if stopped else config
+        torch.manual_seed(config.seed)
+        benchmark = build_benchmark(OmegaConf.to_container(config, resolve=True), folder, resume=stopped)
+        fit(benchmark, config, folder, resume=stopped)
+    return json.loads((folder / "summary.json").read_text())
 
 
 def _check_same(config, stored, folder):

@@ -1,6 +1,6 @@
 """What all command lines share: one clear line instead of a traceback for what a user can mend."""
 
-import difflib
+import argparse
 import functools
 import os
 import re
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from eval.shared.overrides import known_keys, nearest, task_folders
+
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, HydraException, OmegaConfBaseException)
-CONFIG = Path(__file__).parent.parent.parent / "config"
 
 
 def command(main):
@@ -55,62 +55,30 @@ def _explain(error):
         return f"--config-name: got {primary[1]!r}{nearest(primary[1], names)}, allowed: {', '.join(names)}"
     folder = re.search(r"Additional config directory '([^']+)' not found", text)
     if primary or folder:
-        folders = sorted(f"config/{path.parent.name}" for path in CONFIG.glob("*/typea.yaml"))
+        folders = [f"config/{name}" for name in task_folders()]
         return f"--config-dir: got {folder[1] if folder else 'none'}, allowed: {', '.join(folders)}"
     return " ".join(text.split("\nSet the environment")[0].split())
 
 
-def nearest(name, options):
-    """The addition (did you mean 'x'?) with the one of ``options`` most like ``name``, or nothing."""
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+class Parser(argparse.ArgumentParser):
+    """Arguments of a command that measures; its help keeps the lines of the docstring and shows every default."""
+
+    def __init__(self, name, description, **options):
+        options.setdefault("formatter_class", _Help)
+        super().__init__(prog=f"python -m {name}", description=description, **options)
+
+    def error(self, message):
+        """As argparse, but names the form with dashes where key=value was given."""
+        for key, value in re.findall(r"(\S+?)=(\S+)", message):
+            option = f"--{key.replace('_', '-')}"
+            if option in self._option_string_actions:
+                message = f"{key}={value}: write {option} {value}"
+        super().error(message)
 
 
-def check_types(config):
-    """Raise ValueError for a value of ``config`` whose type no file of config/ has for that key.
-
-    A number where only text was seen, text where only numbers, null where it is nowhere null, and so on.
-    """
-    known = known_values()
-    for key, value in _named(OmegaConf.to_container(config, resolve=True)):
-        seen = [other for other in known.get(key, []) if not (isinstance(other, str) and "${" in other)]
-        if all(other is None for other in seen):  # nothing is known but that it may be left out
-            continue
-        kinds = {_kind(other) for other in seen}
-        if _kind(value) not in kinds and not (_kind(value) == "integer" and "number" in kinds):
-            example = next(other for other in seen if other is not None)
-            example = f"{key}.{next(iter(example))}=..." if isinstance(example, dict) else repr(example)
-            raise ValueError(f"{key}: got {value!r}, allowed: {' or '.join(sorted(kinds))}, as in {example}")
-
-
-def _kind(value):
-    kinds = {bool: "true/false", int: "integer", float: "number", str: "text", list: "list", dict: "section"}
-    return kinds.get(type(value), "null")
-
-
-def known_keys():
-    """Dotted names of all keys in the files of config/."""
-    return sorted(known_values())
-
-
-def known_values():
-    """{dotted name: values that the files of config/ give it}, not resolved."""
-    values = {}
-    for path in CONFIG.rglob("*.yaml"):
-        group = path.parent.relative_to(CONFIG)
-        content = OmegaConf.to_container(OmegaConf.load(path))
-        folder_of_a_task = (path.parent / "typea.yaml").exists()
-        globally = group == Path() or "@package _global_" in path.read_text() or folder_of_a_task
-        for part in () if globally else reversed(group.parts):
-            content = {part: content}
-        for key, value in _named(content):
-            values.setdefault(key, []).append(value)
-    return values
-
-
-def _named(section, prefix=""):
-    """Yield (dotted name, value) of all keys in nested dictionaries."""
-    for key, value in section.items():
-        yield f"{prefix}{key}", value
-        if isinstance(value, dict):
-            yield from _named(value, f"{prefix}{key}.")
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        text = action.help or ""
+        if "default" in text or action.default in (None, [], False, argparse.SUPPRESS) or action.required:
+            return text
+        return f"{text} (default: %(default)s)"

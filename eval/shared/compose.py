@@ -1,41 +1,77 @@
 """Configurations as train.py composes them, and the data sets that they name."""
 
 import os
+from datetime import datetime
 from pathlib import Path
 
 import hydra
 from omegaconf import OmegaConf
 
 from envs import make_data
-from eval.shared.command import CONFIG, check_types, nearest
-from policy.dataset.robomimic.conversion import ensure_zarr
+from eval.shared.overrides import CONFIG, ROOT, check_types, nearest, task_folders
+from policy.dataset.robomimic import ensure_zarr
 
-ROOT = CONFIG.parent
+FIRST = ("typea", "scratch", "train")  # what a folder trains when no --config-name is given
 
-OmegaConf.register_new_resolver("cores", lambda most: min(os.cpu_count() or 1, most), replace=True)
-OmegaConf.register_new_resolver("scaled", lambda base, batch_size: base * batch_size / 256, replace=True)
-OmegaConf.register_new_resolver("given", lambda value: value != "none", replace=True)
+
+def run_dir_for(output, resume, name, label):
+    """The folder of a run: the resumed one, the one asked for, or a new one named after task, preset and time.
+
+    Of several processes only the first names and makes it; the others hear of it in train.py.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        return "."
+    return resume or output or f"runs/{name}/{label}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+def _sweep_dir(output):
+    return output or f"runs/multirun/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+RESOLVERS = {
+    "cores": lambda most: min(os.cpu_count() or 1, most),
+    "scaled": lambda base, batch_size: base * batch_size / 256,
+    "given": lambda value: value != "none",
+    "stem": lambda path: Path(str(path)).name.split(".")[0],
+}
+for _name, _function in RESOLVERS.items():
+    OmegaConf.register_new_resolver(_name, _function, replace=True)
+OmegaConf.register_new_resolver("run_dir", run_dir_for, use_cache=True, replace=True)  # the same time all along
+OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, use_cache=True, replace=True)
+
+
+def first_config(folder):
+    """Name of the configuration that ``folder`` trains by default."""
+    names = [name for name in FIRST if (Path(folder) / f"{name}.yaml").exists()]
+    return names[0] if names else FIRST[0]
+
+
+def compose_task(task, overrides, name=None):
+    """The configuration, not resolved, of ``train.py --config-dir=config/TASK`` with these overrides.
+
+    name: as of --config-name. Raises ValueError for an unknown task, and what hydra raises for wrong overrides.
+    """
+    tasks = task_folders()
+    if task not in tasks:
+        raise ValueError(f"--task: got {task!r}{nearest(task, tasks)}, allowed: {', '.join(tasks)}")
+    return _composed(CONFIG / task, name or first_config(CONFIG / task), overrides)
+
+
+def compose(task, overrides, name=None):
+    """As ``compose_task``, resolved, as a plain dict."""
+    return OmegaConf.to_container(compose_task(task, overrides, name), resolve=True)
 
 
 def compose_at(name, overrides):
     """The resolved configuration, as a plain dict, of the file config/NAME.yaml with these overrides."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIG)):
-        config = hydra.compose(name, overrides)
+    return OmegaConf.to_container(_composed(CONFIG, name, overrides), resolve=True)
+
+
+def _composed(folder, name, overrides):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+        config = hydra.compose(name, [f"hydra.searchpath=[file://{CONFIG}]", *overrides])
     check_types(config)
-    return OmegaConf.to_container(config, resolve=True)
-
-
-def compose(task, overrides):
-    """The resolved configuration, as a plain dict, of ``train.py --config-dir=config/TASK`` with these overrides.
-
-    Raises ValueError for an unknown task, and what hydra raises for wrong overrides.
-    """
-    tasks = sorted(path.parent.name for path in CONFIG.glob("*/typea.yaml"))
-    if task not in tasks:
-        raise ValueError(f"--task: got {task!r}{nearest(task, tasks)}, allowed: {', '.join(tasks)}")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIG / task)):
-        config = hydra.compose("typea", [f"hydra.searchpath=[file://{CONFIG}]", *overrides])
-    return OmegaConf.to_container(config, resolve=True)
+    return config
 
 
 def locate_data(task, cache_dir):

@@ -1,36 +1,24 @@
-"""What a run writes beside its checkpoints: its configuration, and lines for an experiment tracker."""
+"""Lines of metrics for an experiment tracker."""
 
-import os
 from pathlib import Path
 
-from omegaconf import OmegaConf
+MODES = ("disabled", "offline", "online")
 
 
-def write_whole(path, content):
-    """Write a file of text or bytes whole or not at all: what reads it never finds half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+def open_tracker(wandb_options, config, run_dir):
+    """A function that hands a line (a dictionary with "step", pictures as paths) to wandb, or None where disabled.
 
-
-def record(trainer, config, run_dir):
-    """Write config.yaml into the run folder and open the tracker that ``config`` names, in the first process."""
-    if trainer.accelerator.is_main_process:
-        OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
-        trainer.tracker = open_tracker(config, run_dir)
-
-
-def open_tracker(options, run_dir):
-    """A function that hands a line (a dictionary with "step", pictures as paths) to wandb, if ``options`` say so."""
-    mode = options["wandb"]["mode"]
-    if mode not in ("disabled", "offline", "online"):
-        raise ValueError(f"wandb.mode: got {mode!r}, allowed: disabled, offline, online")
+    wandb_options: {"mode", "project"}; config: all of the run's. Raises ValueError for an unknown mode.
+    """
+    mode = wandb_options["mode"]
+    if mode not in MODES:
+        raise ValueError(f"wandb.mode: got {mode!r}, allowed: {', '.join(MODES)}")
     if mode == "disabled":
-        return lambda line: None
+        return None
     import wandb
 
     wandb.finish()  # the session of a sweep's job before, which would go on
-    session = wandb.init(project=options["wandb"]["project"], mode=mode, dir=run_dir, config=options)
+    session = wandb.init(project=wandb_options["project"], mode=mode, dir=run_dir, config=config)
 
     def log(line):
         shown = {key: wandb.Image(str(value)) if isinstance(value, Path) else value for key, value in line.items()}

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from eval.shared.compose import compose, locate_data
 from eval.shared.machine import check_choices, check_positive, peak_memory, resident_memory
 from eval.speed.reference import PlainDataset
-from policy.build import build_datasets, place_buffer
+from policy.build import datasets_of
 from policy.dataset import epoch_order
-from policy.training.trainer import to_tensors
+from policy.dataset.features import place_buffer
+from policy.training.batches import to_tensors
 
 STORAGES = ("ram", "mmap", "device")
 PUBLISHED_WORKERS = 4
@@ -71,7 +72,7 @@ def plain_batches(config, path, orders, *, workers, device):
 
 def our_batches(config, path, orders, *, storage, cache_dir, device):
     """Endless batches as the trainer asks for them, in this process."""
-    dataset, _ = build_datasets({**config, "storage": storage, "cache_dir": cache_dir}, path)
+    dataset, _ = datasets_of({**config, "storage": storage, "cache_dir": cache_dir}, path)
     place_buffer(dataset.buffer, storage, device)
     for indices in orders(len(dataset)):
         yield to_tensors(dataset.batch(indices), device)

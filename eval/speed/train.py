@@ -13,11 +13,12 @@ from eval.shared.compose import locate_data
 from eval.shared.machine import check_positive, compare, multiply_rate
 from eval.speed.reference import PlainDataset, plain_loss, plain_policy, plain_training_step, sharing
 from eval.speed.sample import PRECISIONS, random_policy, share_cell, time_cells
-from policy.build import build_datasets, cache_features, place_buffer
+from policy.build import datasets_of
 from policy.dataset import epoch_order
+from policy.dataset.features import cache_features, place_buffer
 from policy.training.ema import EMA
 from policy.training.hashing import hashed_uniform
-from policy.training.trainer import to_tensors
+from policy.training.batches import to_tensors
 
 EPISODES = 40  # hold windows enough for a batch, and a frozen encoder has seen them soon
 PROFILED = 5  # steps
@@ -44,7 +45,7 @@ def run(args):
     if config["encoder"]["freeze"]:
         policy.encoder.encoders.requires_grad_(False)
     config["data"]["max_train_episodes"] = min(config["data"]["max_train_episodes"] or EPISODES, EPISODES)
-    data, _ = build_datasets(config, locate_data(config["task"], config["cache_dir"]))
+    data, _ = datasets_of(config, locate_data(config["task"], config["cache_dir"]))
     if args.batch > len(data):
         raise ValueError(f"--batch: got {args.batch}, allowed: 1 to {len(data)} windows of {EPISODES} episodes")
     policy.fit_normalizer(data)

@@ -13,7 +13,8 @@ from trained import assert_identical, everything
 from envs import CORRECTIONS
 from eval.rollout import dagger
 from eval.rollout.loop import summarize
-from policy.build import build_model, extend_dataset
+from policy.build import build_model
+from policy.dataset.features import extend_dataset
 from policy.training.trainer import Trainer
 
 DAGGER = {"rounds": 2, "start": 0.5, "rollouts": 3, "episodes": 4, "seed": 900}

@@ -1,0 +1,29 @@
+"""What can be trained, one file a kind: the model, its data, how it is judged, what a finished run holds.
+
+A kind keeps the contract ``Benchmark`` of policy/training/protocols.py. A new one is a file here, a line below and a
+configuration whose ``model.name`` names it.
+"""
+
+import importlib
+
+from policy.registry import lookup
+
+BENCHMARKS = {
+    "diffusion": "policy:PolicyBenchmark",
+    "keypoints": "keypoints:KeypointBenchmark",
+    "image_classifier": "image:ImageBenchmark",
+    "mae": "image:ImageBenchmark",
+    "video_classifier": "video:VideoBenchmark",
+    "language": "language:LanguageBenchmark",
+    "translation": "translation:TranslationBenchmark",
+}
+
+
+def build_benchmark(config, run_dir, *, resume=False):
+    """The benchmark of the resolved configuration ``config``, a plain dict; its data are opened, its model is built.
+
+    resume: the weights will come from the checkpoint in ``run_dir``.
+    """
+    module, name = lookup("model.name", config["model"]["name"], BENCHMARKS).split(":")
+    kind = getattr(importlib.import_module(f"eval.benchmark.{module}"), name)
+    return kind(config, run_dir, resume=resume)

@@ -1,0 +1,70 @@
+"""A diffusion policy on demonstrations, judged by rollouts in the simulator."""
+
+import json
+from functools import partial
+
+from eval.benchmark.demonstrations import begin_encoder, check_simulator, describe_windows, open_demonstrations
+from eval.rollout.dagger import check_dagger, fit_with_corrections
+from eval.rollout.loop import describe, rollout, write_results
+from policy.build import build_model, data_sources
+from policy.dataset.features import cache_features, extend_dataset, place_buffer
+
+
+class PolicyBenchmark:
+    """See ``policy.training.protocols.Benchmark``; the score is the mean over episodes of the largest reward."""
+
+    def __init__(self, config, run_dir, *, resume=False):
+        self.config, self.run_dir = config, run_dir
+        self.task, self.encoder, self.dagger = config["task"], config["encoder"], config["dagger"]
+        check_dagger(self.dagger, env_name=self.task["env"]["name"])
+        self.model = build_model(
+            config
+        )  # before the data, whose rendering takes a minute: a wrong option shows at once
+        self.notes = {"encoder": begin_encoder(self.model, self.encoder, attention=config["attention"], resume=resume)}
+        self.train_data, self.val_data = open_demonstrations(config, self.task)
+        self.model.fit_normalizer(self.train_data)
+        rolls_out = config["rollout"]["episodes"] > 0
+        if rolls_out or self.dagger["rounds"]:
+            check_simulator(self.task["env"])
+        if not rolls_out:
+            self.evaluate = None
+
+    def evaluate(self, policy, epoch):
+        """Roll the policy out; writes rollouts/epoch_*/ and returns score and success rate."""
+        summary, films = rollout(policy, self.task["env"], **self.config["rollout"])
+        write_results(self.run_dir / "rollouts" / f"epoch_{epoch:04d}", summary, films)
+        print(f"\nepoch {epoch}: {describe(summary)}")
+        return {key: summary[key] for key in ("score_mean", "success_rate")}
+
+    def describe_data(self):
+        """One line of the plan."""
+        return describe_windows(self.task, self.train_data, self.val_data)
+
+    def prepare(self, device):
+        """Features of a frozen encoder, computed once; the arrays on the device where they fit."""
+        if self.encoder.get("freeze", False):
+            cache_features(self.model, [d for d in (self.train_data, self.val_data) if d], device=device)
+        place_buffer(self.train_data.buffer, self.config["storage"], device)
+
+    def fit(self, trainer):
+        """Train to the end, with rounds of the expert in the loop where asked for."""
+        extend = partial(
+            extend_dataset,
+            self.train_data,
+            sources=data_sources(self.task["shape_meta"]),
+            policy=self.model,
+            device=trainer.accelerator.device,
+        )
+        loop = {key: self.config["rollout"][key] for key in ("num_envs", "workers", "batch")}
+        env = self.task["env"]
+        fit_with_corrections(trainer, self.dagger, env=env, loop=loop, run_dir=self.run_dir, extend=extend)
+
+    def finish(self, trainer):
+        """The last rollout, and the commands that look further."""
+        found = sorted((self.run_dir / "rollouts").glob("epoch_*"))
+        lines = {}
+        if found:
+            lines["score"] = describe(json.loads((found[-1] / "summary.json").read_text()))
+            if (found[-1] / "rollout.mp4").exists():
+                lines["film"] = found[-1] / "rollout.mp4"
+        return lines | {"next": f"python -m eval.rollout --checkpoint {self.run_dir} --episodes 100"}

@@ -1,0 +1,70 @@
+"""Keys and values that the files of config/ know, and checks of what a command line changes."""
+
+import difflib
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+CONFIG = Path(__file__).parent.parent.parent / "config"
+ROOT = CONFIG.parent
+SHARED = ("attention", "base", "decoder", "denoiser", "encoder", "model", "preset", "scheduler", "task")
+
+
+def task_folders():
+    """Names of the folders of config/ that can be trained."""
+    return sorted({path.parent.name for path in CONFIG.glob("*/*.yaml")} - set(SHARED))
+
+
+def nearest(name, options):
+    """The addition (did you mean 'x'?) with the one of ``options`` most like ``name``, or nothing."""
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_types(config):
+    """Raise ValueError for a value of ``config`` whose type no file of config/ has for that key.
+
+    A number where only text was seen, text where only numbers, null where it is nowhere null, and so on.
+    """
+    known = known_values()
+    for key, value in _named(OmegaConf.to_container(config, resolve=True)):
+        seen = [other for other in known.get(key, []) if not (isinstance(other, str) and "${" in other)]
+        if all(other is None for other in seen):  # nothing is known but that it may be left out
+            continue
+        kinds = {_kind(other) for other in seen}
+        if _kind(value) not in kinds and not (_kind(value) == "integer" and "number" in kinds):
+            example = next(other for other in seen if other is not None)
+            example = f"{key}.{next(iter(example))}=..." if isinstance(example, dict) else repr(example)
+            raise ValueError(f"{key}: got {value!r}, allowed: {' or '.join(sorted(kinds))}, as in {example}")
+
+
+def _kind(value):
+    kinds = {bool: "true/false", int: "integer", float: "number", str: "text", list: "list", dict: "section"}
+    return kinds.get(type(value), "null")
+
+
+def known_keys():
+    """Dotted names of all keys in the files of config/."""
+    return sorted(known_values())
+
+
+def known_values():
+    """{dotted name: values that the files of config/ give it}, not resolved."""
+    values = {}
+    for path in CONFIG.rglob("*.yaml"):
+        group = path.parent.relative_to(CONFIG)
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        globally = group.parts[0] not in SHARED or "@package _global_" in path.read_text()
+        for part in () if globally else reversed(group.parts):
+            content = {part: content}
+        for key, value in _named(content):
+            values.setdefault(key, []).append(value)
+    return values
+
+
+def _named(section, prefix=""):
+    """Yield (dotted name, value) of all keys in nested dictionaries."""
+    for key, value in section.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from _named(value, f"{prefix}{key}.")
