@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from eval.attention.flops import attention_flops
-from eval.shared.command import CONFIG
 from eval.shared.machine import free_memory, interleaved_times, peak_memory, timed
+from eval.shared.overrides import CONFIG
 from policy.attention import build_attention
 from policy.registry import lookup
 
