@@ -8,23 +8,24 @@ a config; an environment may also be named "module:attribute". A property ``stat
 
 import importlib
 
+from envs.shared.checks import check_choice
+
 ENVIRONMENTS = {"pusht": "envs.pusht.env:PushT", "robosuite": "envs.robomimic.env:RobosuiteEnv"}
 DATA_MAKERS = {
     "pusht_images": "envs.pusht.scenes:ensure_images",
     "pusht_labels": "envs.pusht.labels:ensure_labels",
     "pusht_scenes": "envs.pusht.scenes:ensure_scenes",
     "pusht_turns": "envs.pusht.labels:ensure_turns",
-    "robomimic_clips": "envs.pusht.labels:ensure_clips",
-    "robomimic_demos": "envs.robomimic_demos:ensure_demos",
-    "robomimic_file": "envs.robomimic_images:ensure_file",
+    "robomimic_clips": "envs.robomimic.clips:ensure_clips",
+    "robomimic_demos": "envs.robomimic.demos:ensure_demos",
+    "robomimic_file": "envs.robomimic.images:ensure_file",
     "robomimic_scenes": "envs.robomimic.scenes:ensure_scenes",
 }
 CORRECTIONS = {"pusht": "envs.pusht.corrections:make_corrections"}
 
 
-def _load(kind, name, table, alternative=""):
-    if name not in table:
-        raise ValueError(f"{kind}: got {name!r}, allowed: {', '.join(sorted(table))}{alternative}")
+def _load(kind, name, table, also=""):
+    check_choice(kind, name, table, also)
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -18,8 +18,9 @@ import zarr
 from envs.pusht.geometry import coverage
 from envs.pusht.planner import PX_PER_RAD, SETTINGS, plan_episode
 from envs.pusht.scenes import ensure_images
-from envs.pusht_demos import read_attributes, write_zarr
-from envs.shared.demo_pool import check_output, check_processes, make_set, whole_file
+from envs.shared.checks import check_choice, check_output, check_positive, check_seed
+from envs.shared.item_set import NOTE, make_set, partial_of
+from envs.shared.zarr_files import read_attributes, write_zarr
 
 VERSION = 1  # raise it when the same arguments make other episodes
 STREAM = 0x64616767  # first word of every seed sequence: keeps ours apart from that of the demonstrations
@@ -81,9 +82,10 @@ def make_corrections(*, visited, count, seed, output, image_size, processes, set
     arguments, for a set of other ones at ``output``, and when the expert solves nothing.
     """
     output = Path(output)
-    _check(count, seed, image_size, settings)
-    check_processes(processes)
-    check_output(output, (".zarr",), name="output")
+    check_positive(count=count, image_size=image_size, processes=processes)
+    check_seed(seed)
+    check_choice("settings", settings, SETTINGS)
+    check_output(output, ".zarr")
     chosen = _earlier_choice(output)
     if chosen is None:
         starts, origins = choose_starts(visited, count, seed)
@@ -98,20 +100,10 @@ def make_corrections(*, visited, count, seed, output, image_size, processes, set
         suffix=".npz",
         processes=processes,
         stored=_stored_arguments,
-        finish=lambda paths: _finish(output, paths, arguments),
+        finish=lambda place, paths: _finish(place, paths, arguments),
         description="expert corrections",
     )
     return output
-
-
-def _check(count, seed, image_size, settings):
-    for name, value in (("count", count), ("image_size", image_size)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, allowed: >= 1")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: got {seed}, allowed: 0 to 2**32 - 1")
-    if settings not in SETTINGS:
-        raise ValueError(f"settings: got {settings!r}, allowed: {', '.join(SETTINGS)}")
 
 
 def _stored_arguments(path):
@@ -120,23 +112,21 @@ def _stored_arguments(path):
 
 def _earlier_choice(output):
     """Starts and origins of the finished or unfinished set ``output``; None where there is no such set."""
-    unfinished = output.with_name(output.name + ".partial") / "arguments.json"
     try:
-        found = _stored_arguments(output) if output.exists() else json.loads(unfinished.read_text())
+        found = _stored_arguments(output) if output.exists() else json.loads((partial_of(output) / NOTE).read_text())
         return {name: found[name] for name in ("starts", "origins")}
     except (KeyError, TypeError, ValueError, OSError):  # something else may be there, which ``make_set`` reports
         return None
 
 
 def save_correction(path, start, seed, index, settings):
-    """Plans an episode from ``start`` and stores it at ``path``; the file appears whole or not at all."""
+    """Plans an episode from ``start`` and stores it at ``path``."""
     states, actions, solved = plan_episode(start, np.random.default_rng([STREAM, seed, index]), SETTINGS[settings])
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, state=states, action=actions, solved=solved)
+    np.savez(path, state=states, action=actions, solved=solved)
 
 
-def _finish(output, paths, arguments):
-    """Writes the solved ones of the episodes at ``paths``, with images, as the zarr ``output``."""
+def _finish(place, paths, arguments):
+    """Writes the solved ones of the episodes at ``paths``, with images, as the zarr ``place``."""
     states, actions, origins = [], [], []
     for path, origin in zip(paths, arguments["origins"], strict=True):
         with np.load(path) as episode:
@@ -151,7 +141,7 @@ def _finish(output, paths, arguments):
     unsolved = len(paths) - len(states)
     attributes = {"arguments": arguments, "unsolved": unsolved, "origins": origins}
     zarr.open_group(str(drawn), mode="r+").attrs.update(attributes)
-    os.replace(drawn, output)
+    os.replace(drawn, place)
     print(f"{len(ends)} corrections, {unsolved} left out as unsolved, {ends[-1] / len(ends):.1f} steps on average")
 
 

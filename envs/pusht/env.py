@@ -10,6 +10,25 @@ import warnings
 import numpy as np
 
 WORLD_SIZE = 512.0
+LIBRARIES = "apt-get install libgl1 libglib2.0-0"  # of Debian and Ubuntu; OpenCV loads them, even without a display
+
+
+def push_t_environment():
+    """gym-pusht's environment class, imported quietly and drawing without a display.
+
+    Raises ImportError with the line that installs OpenCV's libraries, which a bare Debian or Ubuntu lacks.
+    """
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from gym_pusht.envs.pusht import PushTEnv
+    except ImportError as error:
+        if "cannot open shared object file" not in str(error):
+            raise
+        raise ImportError(f"gym-pusht: cannot load OpenCV ({error}); on Debian or Ubuntu: {LIBRARIES}") from error
+    return PushTEnv
 
 
 def keypoints(states):
@@ -37,16 +56,12 @@ class PushT:
     """
 
     def __init__(self, *, max_steps=300, image_size=96):
-        os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from gym_pusht.envs.pusht import PushTEnv
         if max_steps < 1:
             raise ValueError(f"max_steps: got {max_steps}, allowed: >= 1")
         self.max_steps = max_steps
         self.image_size = image_size
-        self._env = PushTEnv(obs_type="state", observation_width=image_size, observation_height=image_size)
+        size = {"observation_width": image_size, "observation_height": image_size}
+        self._env = push_t_environment()(obs_type="state", **size)
         self.steps = 0
 
     def reset(self, seed):

@@ -1,26 +1,18 @@
-"""Pictures and clips whose classes the simulator knows: classification without a download, and what an encoder sees.
+"""Push-T pictures and clips whose classes the simulator knows: classification without a download.
 
-A label set is a small zarr beside the zarr of its pictures: data/label_<task> (F,) int64, the class of a frame or of
-the clip that starts there, -1 for none; meta/episode_ends; attributes classes {task: names}, images, the path of the
-zarr with data/img as seen from the set's folder, and span {task: frames that a clip of this task covers}.
+``envs.shared.zarr_files.write_labels`` says what a label set holds.
 """
 
-import hashlib
-import os
 from pathlib import Path
 
-import h5py
 import numpy as np
-import zarr
 from numpy.lib.stride_tricks import sliding_window_view
 
 from envs.pusht.geometry import CORNERS
-from envs.pusht.scenes import ensure_images, ensure_scenes, open_group, read_array
-from envs.pusht_demos import write_zarr
-from envs.robomimic.expert import TASKS
-from envs.robomimic.hdf5 import demo_names
-from envs.robomimic_demos import ensure_demos
-from envs.shared.rendered_zarr import write_rendered
+from envs.pusht.scenes import ensure_images, ensure_scenes
+from envs.shared.checks import check_choice
+from envs.shared.files import digest
+from envs.shared.zarr_files import open_group, read_array, write_labels
 
 VERSION = 1  # raise it when the same states get other labels
 MARGIN_PX, MARGIN_DEGREES = 2.0, 2.0  # scenes this close to another class have none
@@ -37,10 +29,9 @@ SIDES = [
     "bar left end",
 ]
 TURNS = ["counter-clockwise", "clockwise", "still"]
-CAMERA = "agentview"
 
 
-# Push-T: scenes ----------------------------------------------------------------------------------------------------
+# Scenes ------------------------------------------------------------------------------------------------------------
 
 
 def labels(task, states):
@@ -49,8 +40,7 @@ def labels(task, states):
     task "octant": how far the T of the picture is turned clockwise from upright, in steps of 45 degrees; "side": which
     side of the T the agent's centre is nearest to; where a corner is nearest, that of its two which faces it more.
     """
-    if task not in SCENE_TASKS:
-        raise ValueError(f"task: got {task!r}, allowed: {', '.join(SCENE_TASKS)}")
+    check_choice("task", task, SCENE_TASKS)
     candidates = SCENE_TASKS[task][0](np.asarray(states, dtype=np.float64))  # (n, places around the state)
     agreed = (candidates == candidates[:, :1]).all(axis=1)
     return np.where(agreed, candidates[:, 0], -1).astype(np.int64)
@@ -90,13 +80,13 @@ def ensure_labels(*, cache_dir, frames, seed=0, image_size=96):
     images = ensure_scenes(cache_dir=cache_dir, frames=frames, seed=seed, image_size=image_size)
     target = images.with_name(f"{images.stem}_labels_v{VERSION}.zarr.zip")
     if not target.exists():
-        states = zarr.open_group(str(images), mode="r")["data/state"][:]
+        states = open_group(images)["data/state"][:]
         known = {task: (labels(task, states), names) for task, (_, names) in SCENE_TASKS.items()}
-        _write(target, images, np.arange(1, frames + 1), known)
+        write_labels(target, images, np.arange(1, frames + 1), known)
     return target
 
 
-# Push-T: clips -----------------------------------------------------------------------------------------------------
+# Clips -------------------------------------------------------------------------------------------------------------
 
 
 def turns(states, episode_ends, *, span, still, turning):
@@ -129,53 +119,9 @@ def ensure_turns(source, *, cache_dir, frames=8, stride=2, image_size=96, still=
         raise ValueError(f"{images}: got no data/state to tell turns from, allowed: a replay buffer with data/state")
     states, ends = (read_array(root, name, images) for name in ("data/state", "meta/episode_ends"))
     options = {"span": (frames - 1) * stride + 1, "still": still, "turning": turning}
-    content = f"{VERSION} {images.resolve()} {options}".encode() + states.tobytes() + ends.tobytes()
-    digest = hashlib.sha256(content).hexdigest()[:12]
-    target = Path(cache_dir) / f"{images.name.split('.')[0]}_turns_{frames}x{stride}_{digest}.zarr.zip"
+    content = digest(f"{VERSION} {images.resolve()} {options}", states, ends)
+    target = Path(cache_dir) / f"{images.name.split('.')[0]}_turns_{frames}x{stride}_{content[:12]}.zarr.zip"
     if not target.exists():
-        _write(target, images, ends, {"turn": (turns(states, ends, **options), TURNS)}, span={"turn": options["span"]})
+        known = {"turn": (turns(states, ends, **options), TURNS)}
+        write_labels(target, images, ends, known, span={"turn": options["span"]})
     return target
-
-
-# robomimic ---------------------------------------------------------------------------------------------------------
-
-
-def ensure_clips(*, cache_dir, episodes=30, seed=0, image_size=84):
-    """Path of a label set, task "task", of ``episodes`` scripted demonstrations each of lift and can, seen from ahead.
-
-    One frame tells the two apart. Raises as ``ensure_demos`` does: ImportError without robosuite.
-    """
-    options = {"cache_dir": cache_dir, "episodes": episodes, "seed": seed, "image_size": image_size}
-    demos = [ensure_demos(task=task, **options) for task in TASKS]
-    name = f"{'_'.join(TASKS)}_{demos[0].stem.partition('_')[2]}"
-    images, target = (Path(cache_dir) / f"{name}{end}" for end in (f"_{CAMERA}.zarr", f"_labels_v{VERSION}.zarr.zip"))
-    if not (target.exists() and images.exists()):
-        jobs, lengths = [], []
-        for number, path in enumerate(demos):
-            with h5py.File(path, "r") as file:
-                jobs += [(path, demo, number) for demo in demo_names(file, path)]
-                lengths += [int(file["data"][demo].attrs["num_samples"]) for _, demo, _ in jobs[len(lengths) :]]
-        ends = np.cumsum(lengths)
-        if not images.exists():
-            write_rendered(
-                images, _pictures, jobs, frames=sum(lengths), arrays={}, episode_ends=ends, description="collecting"
-            )
-        kinds = np.repeat([number for _, _, number in jobs], lengths)
-        _write(target, images, ends, {"task": (kinds, list(TASKS))})
-    return target
-
-
-def _pictures(job):
-    path, demo, _ = job
-    with h5py.File(path, "r") as file:
-        return {"img": file["data"][demo][f"obs/{CAMERA}_image"][()]}
-
-
-def _write(target, images, episode_ends, known, **attributes):
-    """The label set ``target`` of pictures in the zarr ``images``; known: {task: (labels (F,), names)}."""
-    arrays = {f"data/label_{task}": values.astype(np.int64) for task, (values, _) in known.items()}
-    attributes["classes"] = {task: names for task, (_, names) in known.items()}
-    attributes["images"] = os.path.relpath(images, target.parent)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with zarr.config.set({"array.write_empty_chunks": True}):  # readers take a missing chunk, as of zeros, for damage
-        write_zarr(target, {**arrays, "meta/episode_ends": np.asarray(episode_ends, np.int64)}, attributes)

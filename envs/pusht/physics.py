@@ -9,10 +9,9 @@ rollout restored in the middle of an episode can end elsewhere than the unbroken
 episodes: not at all in three of four, over 0.01 px in one of a hundred, 0.35 px at most.
 """
 
-import os
-
 import numpy as np
 
+from envs.pusht.env import push_t_environment
 from envs.pusht.geometry import AGENT_RADIUS, SUBSTEP_SECONDS, SUBSTEPS, agent_motion
 
 WALLS = (((5, 506), (5, 5)), ((5, 5), (506, 5)), ((506, 5), (506, 506)), ((5, 506), (506, 506)))
@@ -21,11 +20,7 @@ APART = (50.0, 50.0, 350.0, 350.0)  # agent and block positions (px) that do not
 
 def make_environment():
     """A gym-pusht environment (state observation) whose agent and block have not touched yet."""
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    from gym_pusht.envs.pusht import PushTEnv
-
-    environment = PushTEnv(obs_type="state")
+    environment = push_t_environment()(obs_type="state")
     # reset runs one substep. From the environment's own default the agent is inside the block, and the
     # correction velocity of that contact would move the block later; so start them far apart.
     environment.reset(options={"reset_to_state": [*APART, 0.0]})

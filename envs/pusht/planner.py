@@ -243,7 +243,7 @@ def plan_episode(state, rng, settings):
     """
     state = np.asarray(state, dtype=np.float32)
     if state.shape != (5,) or not np.isfinite(state).all():
-        raise ValueError(f"state got {state}, allowed 5 finite numbers")
+        raise ValueError(f"state: got {state}, allowed: 5 finite numbers")
     environment = environment_at(state)
     simulator = PushTSimulator(MAX_PRIMITIVE_STEPS)
     search = BeamSearch(simulator, settings, rng)

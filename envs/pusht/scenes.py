@@ -4,15 +4,16 @@
 independent random scenes for ``python -m policy.pretrain``.
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
-import zarr
 
 from envs.pusht.env import keypoints, render_states
 from envs.pusht.geometry import AGENT_RADIUS, ARENA, GOAL_ANGLE, GOAL_X, GOAL_Y, RECTANGLES
+from envs.shared.checks import check_positive
+from envs.shared.files import digest
 from envs.shared.rendered_zarr import CHUNK, write_rendered
+from envs.shared.zarr_files import open_group, read_array
 
 
 def sample_states(count, rng):
@@ -93,8 +94,8 @@ def ensure_images(source, *, cache_dir, image_size=96):
             f"{source}: got {len(states)} states, {len(action)} actions and episodes that end at"
             f" {ends.max(initial=0)}, allowed: as many of each"
         )
-    digest = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (states, action, ends)))
-    target = Path(cache_dir) / f"{source.name.split('.')[0]}_{image_size}px_{digest.hexdigest()[:12]}.zarr"
+    content = digest(states, action, ends)
+    target = Path(cache_dir) / f"{source.name.split('.')[0]}_{image_size}px_{content[:12]}.zarr"
     if not target.exists():
         print(f"rendering {len(states)} frames of {source} once into {target}")
         arrays = {"state": states, "action": action}
@@ -108,8 +109,7 @@ def ensure_scenes(*, cache_dir, frames, seed=0, image_size=96):
     keypoint holds x, y of the eight corners of the T and of the agent, each px / 256 - 1. Every frame is an episode
     of its own.
     """
-    if frames < 1:
-        raise ValueError(f"frames: got {frames}, allowed: >= 1")
+    check_positive(frames=frames)
     target = Path(cache_dir) / f"pusht_scenes_{frames}_seed{seed}_{image_size}px.zarr"
     if not target.exists():
         states = sample_states(frames, np.random.default_rng(seed)).astype(np.float32)
@@ -122,24 +122,3 @@ def ensure_scenes(*, cache_dir, frames, seed=0, image_size=96):
 def scene_targets(states):
     """What a picture should be read as: keypoints (F, 18) float32, px / 256 - 1."""
     return (keypoints(states).reshape(len(states), -1) / (ARENA / 2) - 1).astype(np.float32)
-
-
-def open_group(path):
-    try:
-        if path.suffix == ".zip":
-            return zarr.open_group(zarr.storage.ZipStore(str(path), mode="r"), mode="r")
-        return zarr.open_group(str(path), mode="r")
-    except Exception as error:  # zarr, zipfile and json each have their own ways to fail on a broken store
-        raise ValueError(f"{path}: got something that is not a readable zarr group ({error})") from error
-
-
-def read_array(root, name, source):
-    """The whole array; a missing chunk, which zarr reads as zeros, is an error."""
-    array = root[name]
-    if array.nchunks_initialized != array.nchunks:
-        chunks = f"{array.nchunks_initialized} of {array.nchunks} chunks"
-        raise ValueError(f"{source}: {name}: got {chunks}, allowed: all (a truncated copy?)")
-    try:
-        return array[:]
-    except Exception as error:  # codecs raise whatever their C library does
-        raise ValueError(f"{source}: {name}: got a chunk that cannot be decoded ({error})") from error

@@ -7,6 +7,7 @@ to come back; recovery episodes are recorded from a state that the expert was pu
 import numpy as np
 
 from envs.robomimic.backend import rotation_matrix
+from envs.shared.checks import check_choice
 
 POSITION_UNIT, ROTATION_UNIT = 0.05, 0.5  # m and rad of a full action, OSC_POSE's output range
 OPEN, CLOSED = -1.0, 1.0
@@ -25,8 +26,7 @@ class Expert:
     """
 
     def __init__(self, task, rng, target=None):
-        if task not in LIMITS:
-            raise ValueError(f"expert task: got {task!r}, allowed: {', '.join(LIMITS)}")
+        check_choice("expert task", task, LIMITS)
         self.can, self.rng = task == "PickPlaceCan", rng
         self.thing = "Can" if self.can else "cube"
         self.gain = rng.uniform(0.85, 1.15) / POSITION_UNIT  # actions per m

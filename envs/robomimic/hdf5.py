@@ -9,7 +9,6 @@ and mask/{filter key}, names of demos. There is no next_obs: robomimic reads it 
 """
 
 import contextlib
-import hashlib
 import json
 import re
 from importlib import metadata
@@ -19,7 +18,6 @@ import h5py
 import numpy as np
 
 from envs.robomimic.backend import INSTALL
-from envs.shared.demo_pool import whole_file
 
 # Of the low-dimensional values what can be told from a state: robosuite's accelerations cannot.
 LOW_DIM = re.compile(
@@ -58,8 +56,8 @@ def outcome(success):
 
 
 def write_part(path, datasets, *, attributes=None, **about):
-    """One demo as the file ``path``, whole or not at all; ``attributes`` are the demo's, ``about`` the part's."""
-    with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
+    """One demo as the file ``path``; ``attributes`` are the demo's, ``about`` the part's."""
+    with h5py.File(path, "w") as file:
         file.attrs.update(about)
         demo = file.create_group("demo")
         demo.attrs.update(attributes or {})
@@ -72,12 +70,12 @@ def write_part(path, datasets, *, attributes=None, **about):
 
 @contextlib.contextmanager
 def new_file(path, *, env_args, arguments, **about):
-    """A robomimic file to fill, which appears at ``path`` when the block ends without an error.
+    """A robomimic file at ``path`` to fill.
 
     arguments: what decides on its content; it and ``about`` are kept as attributes of the root, which robomimic does
     not read. env_args: a dict.
     """
-    with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
+    with h5py.File(path, "w") as file:
         data = file.create_group("data")
         file.attrs.update({"arguments": json.dumps(arguments), **about})
         yield file
@@ -119,9 +117,3 @@ def has_images(file, path):
     """Whether the demos of ``file`` come with images."""
     demo = file["data"][demo_names(file, path)[0]]
     return any(key.endswith("_image") for key in demo.get("obs", {}))
-
-
-def file_digest(path):
-    """sha256 of the content of ``path``, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

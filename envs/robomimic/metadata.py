@@ -9,6 +9,8 @@ absolute``, and only ``input_ref_frame: world`` makes them the world's coordinat
 import copy
 import re
 
+from envs.shared.checks import check_choice
+
 ROBOSUITE_TYPE = 1  # robomimic's EnvType.ROBOSUITE_TYPE
 OLDEST, NEWEST = (1, 0), (1, 5)  # versions whose env_args are understood
 ACTIONS = ("absolute", "recorded")
@@ -88,8 +90,7 @@ def check_env_args(env_args, tasks):
             raise ValueError(
                 f"env_version: got {version!r}, allowed: {oldest} to {newest}, whose controllers are known here"
             )
-    if env_args["env_name"] not in tasks:
-        raise ValueError(f"env_name: got {env_args['env_name']!r}, allowed: {', '.join(sorted(tasks))}")
+    check_choice("env_name", env_args["env_name"], sorted(tasks))
 
 
 def same_model(env_args, installed):
@@ -103,8 +104,7 @@ def make_arguments(env_args, *, actions):
 
     Raises ValueError for another controller than OSC_POSE where it would have to be translated.
     """
-    if actions not in ACTIONS:
-        raise ValueError(f"task.env.actions: got {actions!r}, allowed: {', '.join(ACTIONS)}")
+    check_choice("task.env.actions", actions, ACTIONS)
     kwargs = copy.deepcopy(env_args["env_kwargs"])
     for key in [key for key in kwargs if key.startswith("camera_") or key.startswith("render_")]:
         del kwargs[key]

@@ -10,6 +10,7 @@ import numpy as np
 from envs.robomimic.backend import rotation_matrix
 from envs.robomimic.env import CAMERAS, RobosuiteEnv
 from envs.robomimic.expert import TASKS, run_episode
+from envs.shared.checks import check_choice
 from envs.shared.rendered_zarr import CHUNK, write_rendered
 
 MM_PER_UNIT = 250  # of the targets
@@ -66,8 +67,7 @@ def ensure_scenes(*, cache_dir, task, frames, seed=0, image_size=84, reflections
 
     frames: a multiple of 256.
     """
-    if task not in CENTRES:
-        raise ValueError(f"task: got {task!r}, allowed: {', '.join(CENTRES)}")
+    check_choice("task", task, CENTRES)
     if frames < CHUNK or frames % CHUNK:
         raise ValueError(f"frames: got {frames}, allowed: a multiple of {CHUNK}")
     mirror = "_reflections" * reflections

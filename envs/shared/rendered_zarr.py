@@ -1,22 +1,20 @@
 """Pictures drawn by several processes into a zarr (format 2) that appears only when complete."""
 
 import multiprocessing
-import os
-import shutil
-from pathlib import Path
 
 import numpy as np
 import zarr
 from tqdm import tqdm
 
-from envs.shared.workers import start_worker
+from envs.shared.files import whole
+from envs.shared.workers import start_worker, usual_processes
 
 CHUNK = 256  # frames drawn by one job and stored together
 
 
 def in_processes(draw, jobs):
     """Yield ``draw(job)`` for each of ``jobs`` in order, computed by spawned processes, one a core."""
-    processes = min(os.cpu_count() or 1, 8, len(jobs))
+    processes = min(usual_processes(), len(jobs))
     with multiprocessing.get_context("spawn").Pool(processes, initializer=start_worker) as pool:
         yield from pool.imap(draw, jobs)
 
@@ -27,12 +25,8 @@ def write_rendered(target, draw, jobs, *, frames, arrays, episode_ends, descript
     The last job may return fewer frames; together they have ``frames``. arrays: further {name: (F, ...)}. ``draw``
     must be importable by spawned processes. Another process that was faster wins.
     """
-    target = Path(target)
-    partial = target.with_name(target.name + f".partial{os.getpid()}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        root = zarr.open_group(str(partial), mode="w", zarr_format=2)
+    with whole(target, shared=True) as place:
+        root = zarr.open_group(str(place), mode="w", zarr_format=2)
         start = 0
         with tqdm(total=frames, desc=description, unit="frame", leave=False, dynamic_ncols=True) as bar:
             for block in in_processes(draw, jobs):
@@ -44,10 +38,6 @@ def write_rendered(target, draw, jobs, *, frames, arrays, episode_ends, descript
         for name, values in arrays.items():
             root.create_array(f"data/{name}", data=values, chunks=(4096, *values.shape[1:]))
         root.create_array("meta/episode_ends", data=np.asarray(episode_ends, np.int64))
-        if not target.exists():
-            os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _array(root, name, frames, like):

