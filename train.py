@@ -36,7 +36,7 @@ from eval.benchmark.start import complete
 from eval.shared.command import command
 from eval.shared.compose import first_config
 from eval.shared.help import annotated, check_flags, config_dir, usage
-from eval.shared.overrides import check_types, task_folders
+from eval.shared.overrides import CONFIG, check_types, task_folders
 from eval.shared.run_config import check_new, stored_config
 from policy.training.processes import uses_cpu
 
@@ -100,7 +100,7 @@ def cli(arguments):
     if folder is None:
         names = ", ".join(f"config/{name}" for name in task_folders())
         raise ValueError(f"--config-dir: got none, allowed: {names}")
-    start = hydra.main(config_path="config", config_name=first_config(folder), version_base="1.3")(main)
+    start = hydra.main(config_path=str(CONFIG), config_name=first_config(folder), version_base="1.3")(main)
     if {"--cfg", "-c"} & set(arguments):
         print(annotated(start))
     else:

@@ -15,6 +15,8 @@ def complete(config, changes):
     OmegaConf.set_struct(config, False)
     if config.model.name not in CHECKS:
         return config
+    if config.data is None:
+        raise ValueError("data: got none, allowed: data=FOLDER, or another name that config/base lists")
     init = config.encoder.get("init", "none")
     if config.mode == "finetune" and init == "none" and not config.encoder.get("pretrained", False):
         raise ValueError("encoder.init: got none, allowed with mode finetune: a run or checkpoint (or pretrained=true)")

@@ -1,4 +1,4 @@
-"""The image and video commands from end to end on tiny data, and an encoder's way between policy and classifier."""
+"""Classifiers from the one door, probes and tests by the commands, an encoder's way between policy and classifier."""
 
 import itertools
 import json
@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import zarr
+from door import door, stopped_run
 from omegaconf import OmegaConf
 from PIL import Image
 
-import train
 from eval import classify_image, classify_video
-from eval.shared import classify
-from eval.shared.command import CONFIG
-from eval.shared.compose import compose_at
+from eval.benchmark import image
+from eval.benchmark.classification import predict, topk
+from eval.benchmark.demonstrations import start_encoder
 from policy.build import build_model
 from policy.checkpoint import load_encoder, load_model, save_checkpoint
 
@@ -52,11 +53,11 @@ def policy_run(tmp_path_factory):
     return path
 
 
-def image(*arguments):
+def probe_images(*arguments):
     classify_image.main([str(argument) for argument in arguments])
 
 
-def video(*arguments):
+def probe_videos(*arguments):
     classify_video.main([str(argument) for argument in arguments])
 
 
@@ -70,13 +71,13 @@ def summary(run):
 @pytest.fixture(scope="module")
 def scratch(folder, tmp_path_factory):
     """A run from scratch on the three colours."""
-    run = tmp_path_factory.mktemp("scratch")
-    image("--data", folder, "--mode", "scratch", "--output", run, "base_lr=0.3", *QUICK)
+    run = tmp_path_factory.mktemp("scratch") / "run"
+    door("images", f"data={folder}", f"output={run}", "base_lr=0.3", *QUICK)
     return run
 
 
-def test_from_scratch(scratch):
-    """Colours are learned; summary, pictures and checkpoint are those of the final EMA weights."""
+def test_from_scratch(scratch, tmp_path, capsys):
+    """Colours are learned; summary, pictures and checkpoint are those of the final EMA weights; so does the test."""
     found = summary(scratch)
     assert found["top1"] > 0.9 and found["chance"] == pytest.approx(1 / 3) and found["test_samples"] == 24
     assert sum(map(sum, found["confusion"])) == 24 and list(found["per_class"]) == list(CLASSES)
@@ -84,34 +85,31 @@ def test_from_scratch(scratch):
     assert low <= found["top1"] <= high
     for name in ("confusion.png", "examples.png", "curves.png"):
         assert Image.open(scratch / name).size[0] > 100
-    config = OmegaConf.load(scratch / "config.yaml")
+    config = OmegaConf.load(scratch / "resolved.yaml")
     assert config.classes == list(CLASSES)
-    _, test_data = classify_image.open_data(OmegaConf.to_container(config))
-    scores, labels = classify.predict(load_model(scratch), test_data)
-    assert classify.topk(scores, labels, 1) == pytest.approx(found["top1"])
+    _, test_data = image.open_data(OmegaConf.to_container(config))
+    scores, labels = predict(load_model(scratch), test_data)
+    assert topk(scores, labels, 1) == pytest.approx(found["top1"])
+    probe_images("--checkpoint", scratch, "--output", tmp_path)
+    assert summary(tmp_path)["confusion"] == found["confusion"]
+    with pytest.raises(SystemExit):
+        probe_images("--checkpoint", scratch, "--data", "pusht_octant")  # other classes
+    assert "--data" in capsys.readouterr().err
 
 
-def test_a_stopped_run_goes_on(folder, scratch, tmp_path):
+def test_a_stopped_run_goes_on(scratch, tmp_path):
     """Nine of eighteen steps, then the rest: the same weights as in one go."""
-    image("--data", folder, "--mode", "scratch", "--output", tmp_path, "base_lr=0.3", *QUICK, "training.max_steps=18")
     half = tmp_path / "half"
-    config = OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"))
-    data = classify_image.open_data(config)
-    torch.manual_seed(config["seed"])
-    half.mkdir()
-    trainer = classify.Trainer(
-        build_model(config), data[0], None, options=OmegaConf.create(config["training"]), config=config, run_dir=half
-    )
-    trainer.fit(stop_at=9)
-    image("--resume", half)
-    whole, resumed = load_encoder(tmp_path).state_dict(), load_encoder(half).state_dict()
+    stopped_run(scratch, half, 9)
+    door("images", f"resume={half}")
+    whole, resumed = load_encoder(scratch).state_dict(), load_encoder(half).state_dict()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert summary(half)["confusion"] == summary(tmp_path)["confusion"]
+    assert summary(half)["confusion"] == summary(scratch)["confusion"]
 
 
 def test_probe_compares_encoders(folder, policy_run, tmp_path, capsys):
     """Probes leave the encoder alone, see pictures of its size, and stand side by side."""
-    image("--data", folder, "--encoder", "random", policy_run, "--output", tmp_path, "training.epochs=2")
+    probe_images("--data", folder, "--encoder", "random", policy_run, "--output", tmp_path, "training.epochs=2")
     table = json.loads((tmp_path / "comparison.json").read_text())
     assert list(table) == ["random", str(policy_run)] and Image.open(tmp_path / "comparison.png").size[0] > 100
     assert "| chance | 33.3% | |" in capsys.readouterr().out
@@ -125,96 +123,89 @@ def test_probe_compares_encoders(folder, policy_run, tmp_path, capsys):
 
 
 def test_finetuning_starts_from_the_policy_with_another_grid(folder, policy_run, tmp_path, capsys):
-    options = ["image_size=16", "workers=0", "training.max_steps=1", "base_lr=1e-9"]
-    image("--data", folder, "--mode", "finetune", "--encoder", policy_run, "--output", tmp_path, *options)
+    """A resumed run does not read the file that it started from."""
+    options = ["image_size=16", "workers=0", "base_lr=1e-9", "training.checkpoint_every=1"]
+    copy = tmp_path / "start.safetensors"
+    copy.write_bytes(policy_run.read_bytes())
+    start = [f"data={folder}", f"encoder.init={copy}", f"output={tmp_path}/run", *options]
+    door("images", *start, "training.max_steps=1", name="finetune")
     assert "position codes interpolated from 2x2 to 4x4 patches" in capsys.readouterr().out
-    policy, tuned = load_encoder(policy_run).state_dict(), load_encoder(tmp_path).state_dict()
+    policy, tuned = load_encoder(policy_run).state_dict(), load_encoder(tmp_path / "run").state_dict()
     torch.testing.assert_close(tuned["vit.blocks.0.attn.qkv.weight"], policy["vit.blocks.0.attn.qkv.weight"])
     assert tuned["vit.pos_embed"].shape == (1, 17, 16)
-    assert len(load_encoder(tmp_path).vit.blocks[0].attn.mask[0]) == 17
+    assert len(load_encoder(tmp_path / "run").vit.blocks[0].attn.mask[0]) == 17
+    copy.unlink()
+    door("images", f"resume={tmp_path}/run", "training.max_steps=2")
 
 
 def test_attention_of_an_encoder_may_be_replaced(folder, policy_run, tmp_path):
-    options = ["image_size=16", "workers=0", "training.max_steps=1", "attention=softmax"]
-    image("--data", folder, "--mode", "finetune", "--encoder", policy_run, "--output", tmp_path, *options)
-    assert summary(tmp_path)["attention"] == "softmax"
+    options = ["image_size=16", "workers=0", "training.max_steps=1", "attention=softmax", f"encoder.init={policy_run}"]
+    door("images", f"data={folder}", f"output={tmp_path}/run", *options, name="finetune")
+    assert summary(tmp_path / "run")["attention"] == "softmax"
 
 
 def test_a_policy_starts_from_a_classifier(scratch):
-    """encoder.init=RUN of a classification run: its weights, on the policy's grid."""
-    config = tiny.policy_config(images=True)
-    source = OmegaConf.to_container(OmegaConf.load(scratch / "config.yaml"))
-    config["encoder"] = {**source["encoder"], "init": str(scratch), "freeze": False}
-    config["attention"] = source["attention"]
+    """encoder.init=RUN of a classification run: its weights, on the policy's grid; another width is refused."""
+    source = OmegaConf.to_container(OmegaConf.load(scratch / "resolved.yaml"))
+    config = {**tiny.policy_config(images=True), "encoder": source["encoder"], "attention": source["attention"]}
     model = build_model(config)
-    message = train.start_encoder(model, config)
-    assert "position codes interpolated from 4x4 to 2x2 patches" in message
+    starting = {"init": str(scratch), "freeze": False, "attention": config["attention"]}
+    assert "position codes interpolated from 4x4 to 2x2 patches" in start_encoder(model, **starting)
     own, learned = model.encoder.encoders["image"].state_dict(), load_encoder(scratch).state_dict()
-    different = [key for key in own if not torch.equal(own[key], learned[key])]
-    assert different == ["vit.pos_embed"]
+    assert [key for key in own if not torch.equal(own[key], learned[key])] == ["vit.pos_embed"]
+    wider = build_model({**config, "encoder": {**source["encoder"], "dim": 32}})
+    with pytest.raises(ValueError, match="vit.blocks.0.attn.proj.weight"):
+        start_encoder(wider, **starting)
 
 
 def test_pretraining_starts_a_classifier(folder, tmp_path):
     options = ["workers=0", "image_size=16", "training.max_steps=2", *SMALL]
-    image("--data", folder, "--mode", "pretrain", "--output", tmp_path / "mae", *options, "model.decoder_dim=16",
-          "model.decoder_depth=1", "model.decoder_heads=2")  # fmt: skip
+    sizes = ["model.decoder_dim=16", "model.decoder_depth=1", "model.decoder_heads=2"]
+    door("images", f"data={folder}", f"output={tmp_path}/mae", *options, *sizes, name="pretrain")
     assert any((tmp_path / "mae" / "reconstructions").iterdir())
-    image("--data", folder, "--encoder", tmp_path / "mae", "--output", tmp_path / "probe", "training.epochs=1")
+    probe_images("--data", folder, "--encoder", tmp_path / "mae", "--output", tmp_path / "probe", "training.epochs=1")
     learned, probed = load_encoder(tmp_path / "mae").state_dict(), load_encoder(tmp_path / "probe").state_dict()
     assert all(torch.equal(learned[key], probed[key]) for key in learned)
 
 
 @pytest.mark.parametrize("task", ["pusht_octant", "pusht_side"])
 def test_embedded_images(task, tmp_path, capsys):
-    """A few rendered scenes; what would change their labels is refused."""
+    """A few rendered scenes; a change that would alter their labels is refused."""
     options = [f"embedded.{task}.frames=400", f"cache_dir={tmp_path}/cache", "training.epochs=1"]
-    image("--data", task, "--output", tmp_path / "run", "--encoder", "random", *options, *SMALL)
+    probe = ["--data", task, "--output", tmp_path / "run", "--encoder", "random"]
+    probe_images(*probe, *options, *SMALL)
     assert len(summary(tmp_path / "run")["per_class"]) == 8
-    for mode, change in [
-        ("scratch", "augment.flip=0.5"),
-        ("scratch", "workers=2"),
-        ("probe", f"embedded.{task}.pad=3"),
-    ]:
+    for change in ("augment.flip=0.5", "workers=2"):
         with pytest.raises(SystemExit):
-            image("--data", task, "--mode", mode, change, *options)
-        assert f"{change.split('=')[0]}: got a change, but " in capsys.readouterr().err
+            door(task, change, *options)
+        assert change.split("=")[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        probe_images(*probe, f"embedded.{task}.pad=3", *options)
+    assert f"embedded.{task}.pad" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "key"),
     [
-        (["--mode", "scratch", "--encoder", "x"], "--encoder: got 1, allowed with --mode scratch: 0"),
-        (["--mode", "pretrain", "--encoder", "x", "y"], "--encoder: got 2, allowed with --mode pretrain: 0 or 1"),
-        (["--encoder", "random", "recipe.mixup=0.1"], "recipe.mixup: got a change, but a frozen encoder's features"),
-        (
-            ["--mode", "pretrain", "recipe.label_smoothing=0.2"],
-            "recipe.label_smoothing: got a change, but mode pretrain",
-        ),
-        (["--mode", "finetune"], "--encoder: got 0, allowed with --mode finetune: 1"),
-        (["--encoder", "a", "a"], "allowed: each once"),
-        (["--encoder", "nowhere"], "nowhere, allowed: a .safetensors file or a run folder"),
-        (["--mode", "scratch", "--data", "cifra10"], "cifra10"),
-        (["--mode", "scratch", "training.epochs=none"], "training.epochs: got 'none', allowed: integer"),
-        (["--mode", "scratch", "modle.hidden=3"], "modle.hidden"),
-        (["--resume", "nowhere"], "nowhere"),
+        (lambda: door("images", "data=x", "encoder.init=x"), "encoder.init"),
+        (lambda: door("images", "data=x", name="finetune"), "encoder.init"),
+        (lambda: door("images", "data=x", "recipe.label_smoothing=0.2", name="pretrain"), "recipe.label_smoothing"),
+        (lambda: door("images"), "data"),
+        (lambda: door("images", "data=cifra10"), "cifra10"),
+        (lambda: door("cifar10", "training.epochs=none"), "training.epochs"),
+        (lambda: door("cifar10", "modle.hidden=3"), "modle.hidden"),
+        (lambda: door("images", "resume=nowhere"), "nowhere"),
+        (lambda: probe_images("--encoder", "random", "recipe.mixup=0.1"), "recipe.mixup"),
+        (lambda: probe_images("--encoder", "a", "a"), "--encoder"),
+        (lambda: probe_images("--encoder", "nowhere"), "nowhere"),
+        (lambda: probe_images("--checkpoint", "pretrained/pusht_policy.safetensors"), "--checkpoint"),
     ],
-    ids=str,
 )
-def test_wrong_arguments(arguments, message, capsys):
+def test_wrong_arguments(command, key, capsys):
     with pytest.raises(SystemExit) as end:
-        image(*arguments)
-    assert end.value.code == 1
+        command()
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-
-
-def test_an_encoder_of_another_width_is_refused_with_its_keys(scratch):
-    config = tiny.policy_config(images=True)
-    source = OmegaConf.to_container(OmegaConf.load(scratch / "config.yaml"))
-    config["encoder"] = {**source["encoder"], "dim": 32, "init": str(scratch), "freeze": False}
-    config["attention"] = source["attention"]
-    with pytest.raises(ValueError, match=r"vit.blocks.0.attn.proj.weight: got \(16, 16\), allowed \(32, 32\)"):
-        train.start_encoder(build_model(config), config)
+    assert end.value.code == 1 and key in error and error.count("\n") == 1
 
 
 # Videos ----------------------------------------------------------------------------------------------------------
@@ -251,18 +242,20 @@ CLIPS = ["image_size=16", "frames=2", "stride=2", "workers=0", "training.epochs=
 
 @pytest.mark.parametrize("space_time", ["divided", "joint", "space"])
 def test_videos_from_scratch(videos, tmp_path, space_time, capsys):
-    """Colours are learned; what cannot be read is counted and left out."""
+    """Colours are learned; a video that cannot be read is counted and left out; the test repeats the result."""
     options = [*CLIPS, *SMALL, f"model.space_time={space_time}", "base_lr=0.3", "spatial_views=3"]
-    video("--data", videos, "--mode", "scratch", "--output", tmp_path, *options)
-    found = summary(tmp_path)
+    door("videos", f"data={videos}", f"output={tmp_path}/run", *options)
+    found = summary(tmp_path / "run")
     assert found["test_samples"] == 9 and len(found["unreadable"]) == 2 and found["top1"] > 0.6
     assert "1 of 10 videos could not be read" in capsys.readouterr().out
+    probe_videos("--checkpoint", tmp_path / "run", "--output", tmp_path / "again")
+    assert summary(tmp_path / "again")["confusion"] == found["confusion"]
 
 
 def test_video_probe_of_a_policy(videos, policy_run, tmp_path):
     """Features of single frames, once; the encoder stays what it was."""
-    video("--data", videos, "--encoder", policy_run, "--output", tmp_path, "frames=2", "stride=1", "workers=0",
-          "training.epochs=2")  # fmt: skip
+    options = ["frames=2", "stride=1", "workers=0", "training.epochs=2"]
+    probe_videos("--data", videos, "--encoder", policy_run, "--output", tmp_path, *options)
     policy, probed = load_encoder(policy_run).state_dict(), load_encoder(tmp_path).state_dict()
     assert all(torch.equal(policy[key], probed[key]) for key in policy)
     assert summary(tmp_path)["test_samples"] == 9
@@ -274,17 +267,17 @@ def test_embedded_clips(tmp_path, capsys):
     make_turning(source)
     options = [f"embedded.pusht_turn.source={source}", "embedded.pusht_turn.every=1", f"cache_dir={tmp_path}/cache"]
     options += ["frames=2", "stride=4", "training.epochs=2", *SMALL]
-    video("--encoder", "random", "--output", tmp_path / "run", *options)
+    probe_videos("--encoder", "random", "--output", tmp_path / "run", *options)
     assert set(summary(tmp_path / "run")["per_class"]) == {"counter-clockwise", "clockwise", "still"}
+    door("pusht_turn", f"output={tmp_path}/trained", "training.max_steps=1", *options)
+    assert summary(tmp_path / "trained")["mode"] == "scratch"
     with pytest.raises(SystemExit):
-        video("flip=0.1", *options)
-    assert "flip: got a change" in capsys.readouterr().err
+        door("pusht_turn", "flip=0.1", *options)
+    assert "flip" in capsys.readouterr().err
 
 
 def make_turning(path):
     """Thirty episodes of ten frames whose block turns either way, or not at all."""
-    import zarr
-
     states = np.full((30, 10, 5), 250.0, dtype=np.float32)
     states[..., 0] = 50
     speed = np.tile([-0.1, 0.0, 0.1], 10)
@@ -293,23 +286,3 @@ def make_turning(path):
     root.create_array("data/state", data=states.reshape(300, 5))
     root.create_array("data/action", data=np.zeros((300, 2), np.float32) + 1)
     root.create_array("meta/episode_ends", data=np.arange(10, 301, 10))
-
-
-# Configurations --------------------------------------------------------------------------------------------------
-
-PRESETS = [
-    (kind, path.stem) for kind in ("image", "video") for path in sorted((CONFIG / kind / "preset").glob("*.yaml"))
-]
-
-
-@pytest.mark.parametrize(("kind", "preset"), PRESETS)
-def test_every_preset_builds_in_every_mode(kind, preset):
-    """On the meta device, so that large ones cost nothing; the options are those that the model takes."""
-    modes = [path.stem for path in (CONFIG / kind).glob("*.yaml") if path.stem != "base"]
-    for mode in modes:
-        config = compose_at(f"{kind}/{mode}", [f"{kind}/preset@_global_={preset}"])
-        assert config["mode"] == mode and config["preset"] == preset
-        labels = type("Labels", (), {"classes": ["a", "b", "c"], "num_classes": 3})
-        with torch.device("meta"):
-            model = build_model(classify.complete(config, labels))
-        assert sum(p.numel() for p in model.parameters()) > 1e5
