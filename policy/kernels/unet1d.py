@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from policy.denoiser.unet1d import ConditionalUNet1D
 from policy.kernels import unet1d_numba as kernels
 from policy.kernels.compile import openmp
 from policy.kernels.vector import LANES
@@ -239,6 +240,8 @@ class _Plan:
 
 def why_not(unet, actions):
     """Why ``PackedUNet`` cannot stand in for ``unet.denoise`` at actions (B, T, Da), in words, or None."""
+    if not isinstance(unet, ConditionalUNet1D):
+        return f"denoiser: got {type(unet).__name__}, allowed: ConditionalUNet1D"
     parameter = next(unet.parameters())
     for tensor in (parameter, actions):
         if tensor.device.type != "cpu":
