@@ -4,7 +4,6 @@ Layout (real-stanford/diffusion_policy): data/<key> (F, ...) and meta/episode_en
 each episode. zarr formats 2 and 3, a directory or a .zip, read alike.
 """
 
-import hashlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,9 @@ import torch
 import zarr
 from tqdm import tqdm
 from zarr.buffer.cpu import NDBuffer
+
+from policy.files import digest, whole
+from policy.registry import choose
 
 STORAGES = ("auto", "ram", "mmap", "device")
 BLOCK_BYTES = 16 << 20  # decoded at once by each thread: larger ones leave the caches, and the heap, at each turn
@@ -76,8 +78,7 @@ class ReplayBuffer:
         Raises FileNotFoundError for a missing path; ValueError for anything that is not such a zarr, missing arrays
         (lists those present), wrong shapes, missing chunks, NaN or inf, or episode_ends that do not increase.
         """
-        if storage not in STORAGES:
-            raise ValueError(f"storage: got {storage!r}, allowed: {', '.join(STORAGES)}")
+        choose("storage", storage, STORAGES)
         if storage == "mmap" and cache_dir is None:
             raise ValueError("storage: got 'mmap' without cache_dir, allowed: mmap with a cache_dir")
         root = open_zarr(path)
@@ -228,18 +229,13 @@ def _memory_map(array, decode, columns, path, cache_dir):
     path = Path(path)
     files = [path] if path.is_file() else sorted((path / array.path).rglob("*"))
     stamps = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    identity = f"{path.resolve()} {array.path} {decode.__name__} {columns} {stamps}"
-    target = Path(cache_dir) / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
+    identity = digest(f"{path.resolve()} {array.path} {decode.__name__} {columns} {stamps}")
+    target = Path(cache_dir) / f"{identity[:16]}.npy"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".partial{os.getpid()}")
+        with whole(target, shared=True) as place:
 
-        def create(shape, dtype):
-            return np.lib.format.open_memmap(partial, mode="w+", shape=shape, dtype=dtype)
+            def create(shape, dtype):
+                return np.lib.format.open_memmap(place, mode="w+", shape=shape, dtype=dtype)
 
-        try:
             _decode_all(array, decode, columns, path, create).flush()
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
     return np.load(target, mmap_mode="r")

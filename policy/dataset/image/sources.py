@@ -1,7 +1,6 @@
 """Labelled images by name or place: published sets, folders of classes, and zips of such folders, read in place."""
 
 import copy
-import hashlib
 import io
 import os
 import zipfile
@@ -12,6 +11,9 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
+
+from policy.files import digest
+from policy.registry import choose
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm")
 SPLITS = ("train", "test")
@@ -109,8 +111,7 @@ def open_images(data, split, *, root="data", download=False):
     Raises FileNotFoundError for what is missing, ValueError for a damaged zip, no classes, classes without images and
     test classes that training lacks.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split: got {split!r}, allowed: {', '.join(SPLITS)}")
+    choose("split", split, SPLITS)
     if data in CIFAR:
         return _open_cifar(data, split, root, download)
     if download:
@@ -281,7 +282,7 @@ def _part(tree, folder, split):
     images = _images(tree, folder)
     if len(images) < 2:
         raise ValueError(f"{_join(tree.path, folder)}: got 1 image, allowed: at least 2, one of them is held out")
-    ranked = sorted(images, key=lambda member: hashlib.sha256(os.fsencode(member.rsplit("/", 1)[-1])).digest())
+    ranked = sorted(images, key=lambda member: digest(os.fsencode(member.rsplit("/", 1)[-1]))
     held_out = set(ranked[: max(1, len(images) // 5)])
     return [member for member in images if (member in held_out) == (split == "test")]
 

@@ -4,9 +4,6 @@ An interrupted conversion goes on where it stopped; OUT.zarr appears only when c
 in Diffusion Policy (arXiv 2303.04137), unless --actions recorded keeps them as they are.
 """
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import re
@@ -21,6 +18,8 @@ from tqdm import tqdm
 
 from policy.dataset.robomimic.actions import absolute_actions, num_arms, read_controllers
 from policy.dataset.robomimic.layout import finite, read_layout, reading
+from policy.files import digest, locked, write_whole
+from policy.registry import choose
 
 ACTIONS = ("absolute", "recorded")
 CHUNK = 64  # frames of images compressed together
@@ -28,7 +27,7 @@ LOW_DIM_CHUNK = 4096
 # Rendered pictures shrink to 27 % at 220 MB/s; lz4 of the same speed class leaves 50 %, shuffling more.
 COMPRESSOR = Blosc(cname="zstd", clevel=3, shuffle=Blosc.NOSHUFFLE)
 BLOCK_BYTES = 32 << 20  # of images between two notes of the progress
-PARTIAL = {"zarr", "progress.json", "progress.json.new", "lock"}  # what OUT.partial holds
+PARTIAL = {"zarr", "progress.json", "progress.json.partial", "lock"}  # what OUT.partial holds
 
 
 def convert(source, output, *, actions="absolute"):
@@ -42,7 +41,7 @@ def convert(source, output, *, actions="absolute"):
     """
     source, output = Path(source), Path(output)
     _check_arguments(source, output, actions)
-    return _convert(source, output, actions, _digest(source))
+    return _convert(source, output, actions, digest(source))
 
 
 def ensure_zarr(source, cache_dir, *, actions="absolute"):
@@ -52,34 +51,28 @@ def ensure_zarr(source, cache_dir, *, actions="absolute"):
     """
     source, cache_dir = Path(source), Path(cache_dir)
     _check_arguments(source, cache_dir, actions)
-    digest = _digest(source)
-    target = cache_dir / f"{source.stem}_{actions}_{digest[:12]}.zarr"
-    return target if target.exists() else _convert(source, target, actions, digest)
+    content = digest(source)
+    target = cache_dir / f"{source.stem}_{actions}_{content[:12]}.zarr"
+    return target if target.exists() else _convert(source, target, actions, content)
 
 
 def _check_arguments(source, output, actions):
-    if actions not in ACTIONS:
-        raise ValueError(f"actions: got {actions!r}, allowed: {', '.join(ACTIONS)}")
+    choose("actions", actions, ACTIONS)
     if not source.is_file():
         raise FileNotFoundError(f"data set: got {source}, which is no file")
     if output.suffix == ".zip":
         raise ValueError(f"output: got {output}, allowed: a folder, OUT.zarr")
 
 
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _convert(source, output, actions, digest):
-    identity = {"sha256": digest, "actions": actions}
+def _convert(source, output, actions, content):
+    identity = {"sha256": content, "actions": actions}
     if output.exists():
         return _check_present(output, identity)
     partial = output.with_name(f"{output.name}.partial")
     with reading(source), h5py.File(source, "r") as file:
         layout = read_layout(file, source)
     try:
-        with _locked(partial):
+        with locked(partial):
             if output.exists():  # another process was faster
                 _check_present(output, identity)
             else:
@@ -109,28 +102,6 @@ def _check_present(output, identity):
     return output
 
 
-@contextlib.contextmanager
-def _locked(partial):
-    """Hold the folder ``partial``, made if need be, for this process; freed by the system when the process ends."""
-    path = partial / "lock"
-    while True:
-        partial.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = open(path, "w")  # noqa: SIM115
-        except FileNotFoundError:  # removed since
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which is writing {partial}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists() and os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
-            break
-        lock.close()  # whoever held it removed it, and someone else may hold a new one
-    with lock:
-        yield
-
-
 def _check_own(partial):
     """Refuse to remove or write into a folder that is not ours."""
     foreign = sorted(set(os.listdir(partial)) - PARTIAL)
@@ -157,7 +128,7 @@ def _write(source, layout, partial, identity):
             _write_low_dim(root, file, layout, source, identity["actions"])
             _create_images(root, layout)
             progress = {"identity": identity, "frames": 0}
-            _save(note, progress)
+            write_whole(note, json.dumps(progress))
         root = zarr.open_group(str(store), mode="r+")
         _write_images(root, file, layout, source, progress, note)
     root.attrs.update(
@@ -169,12 +140,6 @@ def _write(source, layout, partial, identity):
             "complete": True,
         }
     )
-
-
-def _save(path, content):
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(content))
-    os.replace(new, path)
 
 
 def _create(root, name, shape, dtype, chunk):
@@ -235,7 +200,7 @@ def _write_images(root, file, layout, path, progress, note):
             end = min(start + step, frames)
             for key, array in arrays.items():
                 array[start:end] = _read_block(file, layout, key, start, end, path)
-            _save(note, {**progress, "frames": end})
+            write_whole(note, json.dumps({**progress, "frames": end}))
             bar.update(end - start)
 
 

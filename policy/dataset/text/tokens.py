@@ -3,6 +3,9 @@
 import numpy as np
 from tqdm import tqdm
 
+from policy.files import write_whole
+from policy.registry import choose
+
 KINDS = ("byte", "bpe")
 CHUNK = 10_000  # lines that are encoded at a time
 
@@ -75,16 +78,12 @@ class BytePairTokens:
 
     def save(self, run_dir):
         """Write tokens.json, in the library's own format, whole or not at all."""
-        partial = run_dir / "tokens.partial"
-        partial.write_text(self.tokenizer.to_str(), encoding="utf-8")
-        partial.replace(run_dir / "tokens.json")
+        write_whole(run_dir / "tokens.json", self.tokenizer.to_str())
 
 
 def learn_tokens(kind, texts, *, size):
     """Tokens of a ``kind`` for ``texts``; size: most tokens of "bpe". ValueError for an unknown kind."""
-    if kind not in KINDS:
-        raise ValueError(f"tokens: got {kind!r}, allowed: {', '.join(KINDS)}")
-    return ByteTokens() if kind == "byte" else BytePairTokens.learn(texts, size)
+    return ByteTokens() if choose("tokens", kind, KINDS) == "byte" else BytePairTokens.learn(texts, size)
 
 
 def load_tokens(kind, run_dir):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from policy.dataset.stream import stream_batches
 from policy.dataset.video.decode import SAMPLINGS, clip_positions, frame_index, read_clip
 from policy.encoder.observation import to_unit
+from policy.registry import choose
 
 HEADERS = (["path", "label"], ["path", "pose", "label"])
 SHOWN = 5  # file names in a message that could list thousands
@@ -31,8 +32,7 @@ def open_videos(folder, split, *, root=None, num_classes=None):
     classes: the lines of classes.txt, else the labels below ``num_classes``, else those up to the largest in train.csv.
     Raises ValueError for a label beyond the classes, FileNotFoundError for a missing list.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split: got {split!r}, allowed: train, test")
+    choose("split", split, ("train", "test"))
     folder = Path(folder)
     train = folder / "train.csv"
     names = folder / "classes.txt"
@@ -188,10 +188,8 @@ class VideoDataset:
         for name, (value, least) in limits.items():
             if value < least:
                 raise ValueError(f"{name}: got {value}, allowed: >= {least}")
-        if self.sampling not in SAMPLINGS:
-            raise ValueError(f"sampling: got {self.sampling!r}, allowed: {', '.join(SAMPLINGS)}")
-        if self.spatial_views not in (1, 3):
-            raise ValueError(f"spatial_views: got {self.spatial_views}, allowed: 1, 3")
+        choose("sampling", self.sampling, SAMPLINGS)
+        choose("spatial_views", self.spatial_views, (1, 3))
         if not self.image_size <= low <= high:
             raise ValueError(
                 f"jitter: got {low} to {high} px, allowed: null or image_size {self.image_size} px and more"

@@ -21,6 +21,7 @@ from policy.dataset.robomimic import conversion as robomimic
 from policy.dataset.robomimic.__main__ import main
 from policy.dataset.robomimic.conversion import convert, ensure_zarr
 from policy.dataset.robomimic.rotation import matrix_to_6d, matrix_to_rotvec, rotvec_to_matrix
+from policy.files import digest
 
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
 OLD = {"type": "OSC_POSE", "control_delta": True}
@@ -146,7 +147,7 @@ def test_everything_arrives(tmp_path):
     assert attrs["source"] == {
         "name": "in.hdf5",
         "bytes": source.stat().st_size,
-        "sha256": robomimic._digest(source),
+        "sha256": digest(source),
     }
     assert attrs["filter_keys"] == {"train": [0, 2], "valid": [1]} and attrs["actions"] == "recorded"
     assert sorted(path.name for path in output.parent.iterdir()) == ["out.zarr"]
@@ -382,15 +383,15 @@ def test_the_goals_are_robosuites_own(tmp_path, monkeypatch, frame):
 # --- Interruptions ---------------------------------------------------------------------------------------------------
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 import policy.dataset.robomimic.conversion as robomimic
 robomimic.BLOCK_BYTES = 1
-save = robomimic._save
+save = robomimic.write_whole
 def save_and_die(path, content):
     save(path, content)
-    if content["frames"] == 128:
+    if json.loads(content)["frames"] == 128:
         os.kill(os.getpid(), signal.SIGKILL)
-robomimic._save = save_and_die
+robomimic.write_whole = save_and_die
 robomimic.convert(sys.argv[1], sys.argv[2])
 """
 
