@@ -282,7 +282,7 @@ def _part(tree, folder, split):
     images = _images(tree, folder)
     if len(images) < 2:
         raise ValueError(f"{_join(tree.path, folder)}: got 1 image, allowed: at least 2, one of them is held out")
-    ranked = sorted(images, key=lambda member: digest(os.fsencode(member.rsplit("/", 1)[-1]))
+    ranked = sorted(images, key=lambda member: digest(os.fsencode(member.rsplit("/", 1)[-1])))
     held_out = set(ranked[: max(1, len(images) // 5)])
     return [member for member in images if (member in held_out) == (split == "test")]
 
