@@ -3,9 +3,9 @@
 python -m policy.export RUN_OR_CHECKPOINT OUTPUT [options]; the ending of OUTPUT says what is written:
 
 .safetensors  EMA weights and configuration in one file for ``load_policy``. Loading it executes no code.
-.onnx         STEM.encoder.onnx (observations -> condition), STEM.denoiser.onnx (actions, steps, condition ->
-              prediction) and STEM.onnx.json, the numbers of the sampling loop around them; JSON beside the graphs, and
-              not inside, because any runtime reads it, for either format. policy/onnx_runtime.py needs no torch.
+.onnx         STEM.encoder.onnx (observations -> films), STEM.denoiser.onnx (actions, films, step -> prediction) and
+              STEM.onnx.json, the numbers of the sampling loop around them; JSON beside the graphs, and not inside,
+              because any runtime reads it, for either format. policy/onnx_runtime.py needs no torch.
 .pt2          the same as programs of torch.export. ``torch.export.load`` unpickles what ``weights_only`` refuses, so
               load such files only from people you trust.
 """
@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from policy.attention.fibottention import FibottentionAttention
 from policy.checkpoint import find_checkpoint, load_checkpoint, load_policy, save_checkpoint
-from policy.denoiser.samplers import sampling_steps
 
-GRAPHS_FORMAT = "fibottention-graphs-1"
+GRAPHS_FORMAT = "fibottention-graphs-2"
 HALF_SIZE = 4096  # entries from which a tensor is stored in half precision; ranges of the normaliser stay exact
 
 
@@ -66,16 +65,37 @@ def export_weights(run_or_checkpoint, output, *, half=False, keep_decoder=False)
 # Graphs ----------------------------------------------------------------------------------------------------------
 
 
-class ConditionEncoder(nn.Module):
-    """obs {key: (B, To, ...)} float32 in raw units, images in 0..255 -> condition (B, To * K)."""
+class FilmEncoder(nn.Module):
+    """obs {key: (B, To, ...)} float32 in raw units, images in 0..255 -> the observation's part of all FiLM (B, F)."""
 
     def __init__(self, policy):
         super().__init__()
         self.encoder, self.obs_steps = policy.encoder, policy.obs_steps
+        self.observation_films = policy.denoiser.observation_films
+        self.layers = nn.ModuleList(policy.denoiser.film_layers())  # the denoiser's other weights stay out of the file
 
     def forward(self, obs):
         frames = self.encoder({key: values.flatten(0, 1) for key, values in obs.items()})
-        return frames.unflatten(0, (-1, self.obs_steps)).flatten(1)
+        condition = frames.unflatten(0, (-1, self.obs_steps)).flatten(1)  # (B, To * K)
+        return torch.cat(self.observation_films(condition), dim=1)
+
+
+class LoopStep(nn.Module):
+    """actions (B, T, Da), films (B, F), number (1,) of a step of the loop -> prediction (B, T, Da).
+
+    The steps' part of FiLM does not depend on the observation, so the graph holds a table of it, a row a step.
+    """
+
+    def __init__(self, denoiser, timesteps):
+        super().__init__()
+        self.denoiser = denoiser
+        films = denoiser.step_films(torch.tensor(timesteps))
+        self.sizes = [film.shape[1] for film in films]
+        self.register_buffer("table", torch.cat(films, dim=1))  # (S, F)
+
+    def forward(self, actions, films, step):
+        films = films + self.table.index_select(0, step)
+        return self.denoiser.denoise(actions, films.split(self.sizes, dim=1))
 
 
 def export_graphs(run_or_checkpoint, output, *, sampler=None, steps=None, batch=None):
@@ -99,7 +119,7 @@ def export_graphs(run_or_checkpoint, output, *, sampler=None, steps=None, batch=
 def loop_numbers(policy):
     """Everything about ``policy`` that is not in its graphs, JSON-able."""
     action = {name: policy.normalizer.get_buffer(f"action_{name}").tolist() for name in ("scale", "offset")}
-    relative, noise = policy.relative_to, policy.noise_scheduler.config
+    relative = policy.relative_to
     return {
         "format": GRAPHS_FORMAT,
         "obs": {
@@ -115,27 +135,27 @@ def loop_numbers(policy):
         "relative_columns": policy.encoder.shapes[relative][0] if relative else 0,
         "clip": policy.loop.clip,
         "sampler": policy.sampler,
-        "steps": [step._asdict() for step in sampling_steps(policy.sampler, noise, policy.num_inference_steps)],
+        "steps": [step._asdict() for step in policy.sampling_steps()],
     }
 
 
 def _parts(policy, batch):
     """{part: (module, example inputs, names of the inputs, name of the output)}."""
     obs = {key: torch.zeros(batch, policy.obs_steps, *shape) for key, shape in policy.encoder.shapes.items()}
+    step = LoopStep(policy.denoiser, [step.timestep for step in policy.sampling_steps()])
+    films = torch.zeros(batch, sum(step.sizes))
     actions = torch.zeros(batch, policy.horizon, policy.action_dim)
-    steps = torch.zeros(batch, dtype=torch.long)
-    condition = torch.zeros(batch, policy.obs_steps * policy.encoder.out_dim)
-    denoised = {"actions": actions, "steps": steps, "condition": condition}
+    inputs = {"actions": actions, "films": films, "step": torch.zeros(1, dtype=torch.long)}
     return {
-        "encoder": (ConditionEncoder(policy), (obs,), list(obs), "condition"),
-        "denoiser": (policy.denoiser, tuple(denoised.values()), list(denoised), "prediction"),
+        "encoder": (FilmEncoder(policy), (obs,), list(obs), "films"),
+        "denoiser": (step, tuple(inputs.values()), list(inputs), "prediction"),
     }
 
 
 def _trace(module, arguments, *, dynamic):
     rows = {0: torch.export.Dim("batch", min=1)}
-    shapes = tuple(dict.fromkeys(x, rows) if isinstance(x, dict) else rows for x in arguments) if dynamic else None
-    program = torch.export.export(module, arguments, dynamic_shapes=shapes)
+    shapes = [dict.fromkeys(x, rows) if isinstance(x, dict) else rows if len(x) > 1 else None for x in arguments]
+    program = torch.export.export(module, arguments, dynamic_shapes=tuple(shapes) if dynamic else None)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # or the files would tell where this code lies on this machine
     return program

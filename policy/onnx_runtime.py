@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-FORMAT = "fibottention-graphs-1"
+FORMAT = "fibottention-graphs-2"
 
 
 class OnnxPolicy:
@@ -33,11 +33,11 @@ class OnnxPolicy:
         noise (1 + draws, B, T, Da): the start, then what the steps add; drawn from the numpy generator ``rng`` if None.
         """
         obs = {key: np.asarray(obs[key], np.float32) for key in self.numbers["obs"]}
-        (condition,) = self.encoder.run(None, obs)
+        (films,) = self.encoder.run(None, obs)
         if noise is None:
-            noise = self._draw(len(condition), rng or np.random.default_rng())
+            noise = self._draw(len(films), rng or np.random.default_rng())
         scale, offset = (np.array(self.numbers["action"][name], np.float32) for name in ("scale", "offset"))
-        actions = (self._denoise(condition, iter(noise)) - offset) / scale
+        actions = (self._denoise(films, iter(noise)) - offset) / scale
         if self.numbers["relative_to"]:
             actions[..., : self.numbers["relative_columns"]] += obs[self.numbers["relative_to"]][:, -1:]
         return actions
@@ -52,12 +52,11 @@ class OnnxPolicy:
         shape = (draws, batch, self.numbers["horizon"], self.numbers["action_dim"])
         return rng.standard_normal(shape, np.float32)
 
-    def _denoise(self, condition, noise):
-        """condition (B, K), noise: iterator of (B, T, Da) -> normalised actions (B, T, Da)."""
+    def _denoise(self, films, noise):
+        """films (B, F), noise: iterator of (B, T, Da) -> normalised actions (B, T, Da)."""
         x, last = next(noise), 0.0
-        for step in self.numbers["steps"]:
-            timestep = np.full(len(x), step["timestep"], np.int64)
-            (predicted,) = self.denoiser.run(None, {"actions": x, "steps": timestep, "condition": condition})
+        for number, step in enumerate(self.numbers["steps"]):
+            (predicted,) = self.denoiser.run(None, {"actions": x, "films": films, "step": np.array([number], np.int64)})
             raw = step["keep"] * x + step["predict"] * predicted
             clean = np.clip(raw, -1, 1) if self.numbers["clip"] else raw
             x = step["x_weight"] * x + step["clean_weight"] * clean + step["raw_weight"] * raw

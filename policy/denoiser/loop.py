@@ -21,9 +21,9 @@ class DenoisingLoop:
         self.clip = clip
         self.packed_weights = "float32"
         self.cuda_graph = False
-        self.forget()
+        self.clear()
 
-    def forget(self):
+    def clear(self):
         """Drop what was computed from the weights."""
         self._weights = self._packed = None
         self._tables, self._graphs = {}, {}
@@ -62,9 +62,9 @@ class DenoisingLoop:
         return self._graphs[key](start, noise, *films)
 
     def _check_weights(self, denoiser):
-        """Forget what was computed from other weights: training changes them in place, and so does loading."""
+        """Drop what was computed from other weights: training changes them in place, and so does loading."""
         if self._weights is None or not self._weights.are_those_of(denoiser):
-            self.forget()
+            self.clear()
             self._weights = Weights(denoiser)
 
     def _fastest(self, denoiser, start):

@@ -91,19 +91,22 @@ class ConditionalUNet1D(nn.Module):
         down = [block for level in self.down for block in level[:2]]
         return [*down, *self.middle, *(block for level in self.up for block in level[:2])]
 
-    # The FiLM of a block is linear in Mish of [step embedding, observation], so that each half can be had by itself:
-    # that of the observation once a sample, that of the steps once a model.
+    def film_layers(self):
+        """The linear layer of every block's FiLM, in the order in which the blocks run."""
+        return [block.film[1] for block in self.blocks()]
+
+    # The FiLM of a block is linear in Mish of [step embedding, observation], so each half can be computed by itself:
+    # the observation's once a sample, the steps' once a model.
 
     def step_films(self, steps):
         """steps (S,) -> the steps' part (S, 2C) of every block's FiLM."""
         embedded = F.mish(self.step_embedding(steps))
-        return [F.linear(embedded, block.film[1].weight[:, : self.step_dim]) for block in self.blocks()]
+        return [F.linear(embedded, layer.weight[:, : self.step_dim]) for layer in self.film_layers()]
 
     def observation_films(self, condition):
         """condition (B, K) -> the observation's part (B, 2C) of every block's FiLM."""
         condition = F.mish(condition)
-        linears = [block.film[1] for block in self.blocks()]
-        return [F.linear(condition, linear.weight[:, self.step_dim :], linear.bias) for linear in linears]
+        return [F.linear(condition, layer.weight[:, self.step_dim :], layer.bias) for layer in self.film_layers()]
 
     def denoise(self, actions, films):
         """actions (B, T, Da), FiLM (B, 2C) of every block -> (B, T, Da)."""

@@ -13,7 +13,7 @@ from diffusers.schedulers import scheduling_ddpm
 from policy.build import build_model
 from policy.denoiser.loop import DenoisingLoop, GraphedCall
 from policy.denoiser.samplers import PREDICTIONS, SAMPLERS, diffusers_scheduler, sampling_steps
-from policy.training.trainer import to_tensors
+from policy.training.batches import to_tensors
 
 NOISE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
 
@@ -390,7 +390,7 @@ def test_what_is_kept_follows_the_weights(change, packed):
     assert torch.equal(chunk_of(policy), before)
     change(policy)
     after = chunk_of(policy)
-    policy.loop.forget()
+    policy.loop.clear()
     assert torch.equal(chunk_of(policy), after) and not torch.allclose(after, before, atol=1e-2)
 
 
@@ -416,7 +416,7 @@ def test_what_is_kept_follows_the_precision_of_inference():
     exact = chunk_of(policy)
     policy.precision = "bf16"
     rough = chunk_of(policy)
-    policy.loop.forget()
+    policy.loop.clear()
     assert torch.equal(chunk_of(policy), rough) and not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, rtol=0, atol=5)  # of actions up to 50
     policy.precision = "fp32"
