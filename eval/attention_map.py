@@ -15,7 +15,7 @@ from PIL import Image
 
 from envs import make_env
 from eval.attention.pictures import plot_attention, plot_coverage, plot_pattern
-from eval.shared.command import command
+from eval.shared.command import Parser, command
 from policy import load_encoder
 from policy.attention import fibottention_mask, shuffle_heads, wythoff_offsets
 from policy.attention.fibottention import VARIANTS, FibottentionAttention
@@ -125,7 +125,7 @@ def _describe(attention):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m eval.attention_map", description=__doc__.split("\n")[0])
+    parser = Parser("eval.attention_map", __doc__)
     shipped = f"{SHIPPED.parent.name}/{SHIPPED.name}"
     parser.add_argument(
         "--checkpoint",

@@ -1,9 +1,9 @@
 """Sweeps: ``python train.py --multirun`` runs its jobs one after another in one process, or hands them to a cluster."""
 
+import contextlib
 import gc
 import json
 import os
-import runpy
 import subprocess
 import sys
 import types
@@ -11,14 +11,14 @@ import weakref
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
-from hydra.core.global_hydra import GlobalHydra
+from door import door, shell
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from paths import ROOT
 
 import train
+from eval.report import __main__ as report
 from eval.shared.command import command
 from eval.shared.tracker import open_tracker
 
@@ -34,7 +34,7 @@ def arguments(workplace, *overrides):
         "rollout.episodes=0",
         f"task.data={workplace}/demos.zarr",
         f"cache_dir={workplace}/cache",
-        f"hydra.sweep.dir={workplace}/sweep",
+        f"output={workplace}/sweep",
         *overrides,
     ]
 
@@ -47,29 +47,20 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def sweep(workplace):
     """(folder, exit code, what was printed) of presets times precisions, one of which does not exist."""
-    swept = arguments(workplace, "preset=cpu,smoke", "training.precision=fp32,bf16,fp8,fp32")
-    with pytest.MonkeyPatch.context() as patch, open(workplace / "printed", "w+") as printed:
-        patch.setattr(sys, "argv", ["train.py", *swept])
-        patch.setattr(sys, "stderr", printed)
-        patch.chdir(ROOT)
-        patch.setenv("HYDRA_FULL_ERROR", "1")  # as train.py sets it for its own process
-        for name in ("RANK", "DEBUG"):
-            patch.delenv(name, raising=False)
-        GlobalHydra.instance().clear()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path("train.py", run_name="__main__")
-        AcceleratorState._reset_state(reset_partial_state=True)
+    swept = arguments(workplace, "preset=fast,smoke", "training.precision=fp32,bf16,fp8,fp32")
+    with open(workplace / "printed", "w+") as printed, contextlib.redirect_stderr(printed):
+        with pytest.raises(SystemExit) as end, shell(swept):
+            train.cli(swept)
         printed.seek(0)
         return workplace / "sweep", end.value.code, printed.read()
 
 
 def test_every_job_has_a_folder_and_its_own_options(sweep):
     folder, _, _ = sweep
-    jobs = [("cpu", "fp32"), ("cpu", "bf16"), None, ("cpu", "fp32"), ("smoke", "fp32"), ("smoke", "bf16"), None]
+    jobs = [("fast", "fp32"), ("fast", "bf16"), None, ("fast", "fp32"), ("smoke", "fp32"), ("smoke", "bf16"), None]
     for number, job in enumerate([*jobs, ("smoke", "fp32")]):
         run = folder / str(number)
-        assert (run / "metrics.jsonl").exists() == (job is not None)
+        assert run.exists() == (run / "metrics.jsonl").exists() == (job is not None)  # a failed start leaves no folder
         if job is not None:
             config = OmegaConf.load(run / "config.yaml")
             assert (config.preset, config.training.precision) == job
@@ -102,7 +93,7 @@ def run_main(monkeypatch, fail, mode=RunMode.MULTIRUN):
     settings.job, settings.overrides = types.SimpleNamespace(num=3), types.SimpleNamespace(task=["seed=1", "crop=2"])
     monkeypatch.setattr(train.HydraConfig, "get", lambda: settings)
     monkeypatch.setattr(train, "job", command(lambda config: fail()))
-    return train.main.__wrapped__(OmegaConf.create())
+    return train.main(OmegaConf.create())
 
 
 def test_a_failed_job_leaves_no_memory_behind(monkeypatch, capsys):
@@ -164,8 +155,22 @@ def test_every_job_has_a_wandb_session_of_its_own(monkeypatch, tmp_path):
     fake = types.SimpleNamespace(finish=lambda: calls.append("finish"), init=lambda **options: calls.append("init"))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):
-        open_tracker({"wandb": {"mode": "offline", "project": "p"}}, tmp_path)
+        open_tracker({"mode": "offline", "project": "p"}, {}, tmp_path)
     assert calls == ["finish", "init"] * 2
+
+
+# Other kinds ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_of_language_models_and_its_report(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten\n" * 60)
+    small = ["model.dim=16", "model.depth=1", "model.num_heads=2", "context=16", "contexts=[0]", "stride=16"]
+    door("language", "--multirun", "attention=softmax,performer", f"text={text}", f"output={tmp_path}/sweep", *small,
+         "training.max_steps=2", "training.warmup_steps=1")  # fmt: skip
+    report.main([str(tmp_path / "sweep")])
+    shown = (tmp_path / "sweep" / "report.md").read_text()
+    assert "softmax" in shown and "performer" in shown and "bits a byte" in shown
 
 
 # On a cluster --------------------------------------------------------------------------------------------------------
@@ -175,7 +180,7 @@ def test_every_job_has_a_wandb_session_of_its_own(monkeypatch, tmp_path):
 def test_submitit_runs_the_jobs_in_processes_of_their_own(workplace):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install -e .[cluster]")
     target = workplace / "cluster"
-    changes = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", f"hydra.sweep.dir={target}"]
+    changes = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", f"output={target}"]
     swept = arguments(workplace, *changes, "preset=smoke", "training.precision=fp8,bf16")
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "DEBUG", "HYDRA_FULL_ERROR")}
     result = subprocess.run(

@@ -1,6 +1,7 @@
 """Between the configuration and the trainer: which data set a run uses, and what its encoders start from."""
 
 import copy
+import itertools
 import json
 
 import h5py
@@ -9,10 +10,10 @@ import pytest
 import tiny
 import torch
 from configs import FOLDERS, composed
-from omegaconf import OmegaConf
 
-import train
-from eval.shared.command import check_types
+from eval.benchmark import demonstrations
+from eval.shared.compose import compose, locate_data
+from eval.shared.overrides import CONFIG
 from policy.build import build_model
 from policy.checkpoint import save_checkpoint
 from policy.dataset.replay_buffer import open_zarr
@@ -49,13 +50,13 @@ def task(**datasets):
 def test_an_hdf5_is_converted_once_and_tells_of_its_environment(tmp_path, capsys):
     source = write_hdf5(tmp_path / "demos.hdf5")
     options = task(path={"maker": "robomimic_file"}) | {"data": str(source)}
-    path = train.locate_data(options, tmp_path / "cache")
-    assert path == train.locate_data(options, tmp_path / "cache") and path.suffix == ".zarr"
+    path = locate_data(options, tmp_path / "cache")
+    assert path == locate_data(options, tmp_path / "cache") and path.suffix == ".zarr"
     assert open_zarr(path).attrs["env_args"] == ENV_ARGS
     assert open_zarr(path)["data/action"].shape == (8, 10)
     assert capsys.readouterr().out.count("converting") == 1
     options["env"]["actions"] = "recorded"
-    assert open_zarr(train.locate_data(options, tmp_path / "cache"))["data/action"].shape == (8, 7)
+    assert open_zarr(locate_data(options, tmp_path / "cache"))["data/action"].shape == (8, 7)
 
 
 def test_a_missing_file_gives_way_to_the_set_that_its_entry_names(tmp_path, capsys):
@@ -63,16 +64,16 @@ def test_a_missing_file_gives_way_to_the_set_that_its_entry_names(tmp_path, caps
     entry = {"maker": "robomimic_file", "source": str(tmp_path / "ph.hdf5"), "hint": "get it", "otherwise": "expert"}
     expert = {"maker": "robomimic_file", "source": str(write_hdf5(tmp_path / "expert.hdf5"))}
     options = task(ph=entry, expert=expert)
-    assert "expert" in train.locate_data(options, tmp_path / "cache").name
+    assert "expert" in locate_data(options, tmp_path / "cache").name
     assert options["data"] == "expert"
     line = capsys.readouterr().out.splitlines()[0]
     assert line.startswith("task.data=ph: ") and "get it" in line and "using task.data=expert instead" in line
     write_hdf5(tmp_path / "ph.hdf5")  # once it is there it is what is used
     options["data"] = "ph"
-    assert "ph" in train.locate_data(options, tmp_path / "cache").name and options["data"] == "ph"
+    assert "ph" in locate_data(options, tmp_path / "cache").name and options["data"] == "ph"
     del entry["otherwise"]
     with pytest.raises(FileNotFoundError, match="task.data: got 'ph'.*which does not exist; .*to get it: get it"):
-        train.locate_data(task(ph=entry | {"source": str(tmp_path / "nowhere.hdf5")}), tmp_path / "cache")
+        locate_data(task(ph=entry | {"source": str(tmp_path / "nowhere.hdf5")}), tmp_path / "cache")
 
 
 def camera_config(cameras):
@@ -92,10 +93,10 @@ def saved_model(path, cameras):
 
 
 def started(cameras, init):
-    options = camera_config(cameras)
-    options["encoder"] |= {"init": str(init), "freeze": True}
-    model = build_model(options)
-    assert str(init) in train.start_encoder(model, options)
+    config = camera_config(cameras)
+    model = build_model(config)
+    line = demonstrations.start_encoder(model, init=str(init), freeze=True, attention=config["attention"])
+    assert str(init) in line
     assert not any(p.requires_grad for p in model.encoder.encoders.parameters())
     return model.encoder.encoders
 
@@ -122,19 +123,18 @@ def test_a_missing_simulator_is_said_at_once(monkeypatch):
     def missing(**options):
         raise ImportError("robosuite: cannot be imported")
 
-    monkeypatch.setattr(train, "make_env", missing)
-    with pytest.raises(ImportError, match="robosuite: cannot be imported; rollout.episodes=0 trains without a sim"):
-        train._check_simulator({"task": {"env": {"name": "robosuite"}}})
+    monkeypatch.setattr(demonstrations, "make_env", missing)
+    with pytest.raises(ImportError, match="rollout.episodes=0"):
+        demonstrations.check_simulator({"name": "robosuite"})
 
 
 # Configurations ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["paper", "small", "cpu", "smoke"])
+@pytest.mark.parametrize("preset", ["paper", "small", "fast", "smoke"])
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_every_task_builds_with_every_preset(folder, preset):
     config = composed(folder, "typea", f"preset={preset}")
-    check_types(OmegaConf.create(config))
     with torch.device("meta"):
         model = build_model(config)
     obs = config["task"]["shape_meta"]["obs"]
@@ -147,39 +147,73 @@ def test_every_task_builds_with_every_preset(folder, preset):
     assert {"num_envs", "workers", "batch"} <= set(config["rollout"])
 
 
+def test_the_default_is_the_quick_recipe_and_paper_takes_published_data():
+    """On every machine, with or without a GPU."""
+    config = compose("pusht", [])
+    assert (config["preset"], config["task"]["data"]) == ("fast", "embedded")
+    assert compose("pusht", ["preset=paper"])["task"]["data"] == "published"
+    assert compose("lift_mh", ["preset=paper"])["task"]["data"] == "mh"
+
+
+def test_published_data_give_way_to_the_embedded_ones_and_human_data_do_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = compose("pusht", ["preset=paper", "task.datasets.human.source=nowhere.zarr"])
+    datasets = {**config["task"]["datasets"], "embedded": {"maker": "robomimic_file", "source": str(tmp_path / "x")}}
+    with pytest.raises(FileNotFoundError, match="task.data: got 'embedded'"):
+        locate_data({**config["task"], "datasets": datasets}, tmp_path)
+    assert "using task.data=embedded" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="task.data: got 'human'"):
+        locate_data({**config["task"], "data": "human"}, tmp_path)
+
+
+def test_every_classifier_builds_with_every_preset_of_its_kind():
+    """On the meta device, so that large ones cost nothing; the options are those that the model takes."""
+    size = {"image": "cifar10", "video": "pusht_turn"}
+    for kind, task in size.items():
+        names = [path.stem for path in (CONFIG / task).glob("*.yaml")]
+        for preset, name in itertools.product(sorted((CONFIG / "preset").glob(f"{kind}_*.yaml")), names):
+            config = compose(task, [f"preset={preset.stem}"], name)
+            assert config["mode"] == name
+            side = config["image_size"]
+            config |= {
+                "crop": None,
+                "task": {"shape_meta": {"obs": {"image": {"type": "rgb", "shape": [3, side, side]}}}},
+            }
+            if name != "pretrain":
+                config["model"]["num_classes"] = 3
+            with torch.device("meta"):
+                model = build_model(config)
+            assert sum(p.numel() for p in model.parameters()) > 1e5
+
+
+@pytest.mark.parametrize("task", ["language", "translation"])
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_every_sequence_preset_builds(task, preset):
+    config = compose(task, [f"preset={task}_{preset}"])
+    config["model"]["vocabulary"] = config["vocabulary"]
+    with torch.device("meta"):
+        model = build_model(config)
+    assert config["preset"] == preset and sum(p.numel() for p in model.parameters()) > 1e5
+
+
 def test_another_task_of_robosuite_is_configuration_only(tmp_path):
     """Square has neither an expert nor a pre-trained encoder: nothing takes the place of its missing file."""
-    (lift,) = [folder for folder in FOLDERS if folder.name == "lift_ph"]
-    config = composed(lift, "typea", "task=square", "preset=cpu")
-    check_types(OmegaConf.create(config))
+    config = compose("square_ph", [])
     assert config["task"]["env"]["task"] == "NutAssemblySquare"
     assert config["encoder"]["init"] == "none" and not config["encoder"]["freeze"]
-    with pytest.raises(
-        FileNotFoundError, match="square/ph/demo_v15.hdf5.* python -m policy.dataset.download square_ph"
-    ):
-        train.locate_data(config["task"], tmp_path)
+    with pytest.raises(FileNotFoundError, match="policy.dataset.download square_ph"):
+        locate_data(config["task"], tmp_path)
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_what_is_pretrained_is_what_preset_cpu_starts_from(folder):
+@pytest.mark.parametrize("task", ["pusht", "lift_ph", "can_ph"])
+def test_the_shipped_encoder_is_the_pretrained_one(task):
     """A pre-training configuration describes the same encoder, and the shipped weights fit it."""
-    if not (folder / "pretrain.yaml").exists():
-        pytest.skip("this task starts from another one's encoder")
-    config, pretraining = composed(folder, "typea", "preset=cpu"), composed(folder, "pretrain")
+    config, pretraining = compose(task, []), compose(task, [], "pretrain")
     loading = ("init", "freeze")
     assert {k: v for k, v in config["encoder"].items() if k not in loading} == {
         k: v for k, v in pretraining["encoder"].items() if k not in loading
     }
-    model = build_model(config)
-    assert config["encoder"]["init"] in train.start_encoder(model, config) and config["encoder"]["freeze"]
-
-
-def test_a_run_from_before_an_option_existed_goes_on(tmp_path):
-    config = {"training": {"lr": 1.0, "epochs": 2}, "seed": 1}
-    save_checkpoint(tmp_path / "checkpoints" / "last.safetensors", {}, config=config, state={"step": 0})
-    stored = train.stored_config(tmp_path, ["training.epochs=3"])
-    assert (stored.training.lr, stored.training.epochs, stored.training.optimizer) == (1.0, 3, "adamw")
-    assert stored.training.compile is False and stored.dagger.rounds == 0
-    config["dagger"] = {"rounds": 2}
-    save_checkpoint(tmp_path / "checkpoints" / "last.safetensors", {}, config=config, state={"step": 0})
-    assert train.stored_config(tmp_path, []).dagger.rounds == 2
+    start = {key: config["encoder"][key] for key in loading}
+    assert start["freeze"] and start["init"] in demonstrations.start_encoder(
+        build_model(config), attention=config["attention"], **start
+    )

@@ -7,7 +7,6 @@
 A mechanism is a file config/attention/NAME.yaml. Writes results.json, .csv and .md, pictures and index.html.
 """
 
-import argparse
 import json
 import shlex
 import sys
@@ -21,7 +20,7 @@ from eval.attention.page import html_page
 from eval.attention.plots import plot_latency, plot_maps, plot_tradeoff, plot_training
 from eval.attention.tables import COMPARED, csv_text, markdown
 from eval.attention.train import FIRST_SEED, configure, train
-from eval.shared.command import command
+from eval.shared.command import Parser, command
 from eval.shared.machine import check_positive, choose_device, describe_machine, fix_allocation
 from policy.files import write_whole
 from eval.speed.attention import DIRECTIONS
@@ -109,9 +108,7 @@ def write(results, maps, folder):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("eval.attention", __doc__)
     names = f"files of config/attention, default all; {BASELINE} is always there"
     parser.add_argument("--attention", nargs="+", default=[], metavar="NAME", help=names)
     parser.add_argument("--quick", action="store_true", help=f"forward only, N of {QUICK}, few repetitions")

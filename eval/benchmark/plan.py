@@ -35,13 +35,17 @@ def describe_model(model):
 
 
 def describe_memory(benchmark, trainer):
-    """Bytes that training needs beside the data, and those that are free, in GB."""
+    """Memory that training needs beside the data, and how much is free."""
     device = trainer.accelerator.device
     needed, free = state_bytes(benchmark.model) + kept_bytes(benchmark, trainer), free_memory(device.type)
-    text = f"about {needed / 1e9:.2f} GB for weights, gradients, moments, EMA and a step"
+    text = f"about {_size(needed)} for weights, gradients, moments, EMA and a step"
     if free is None:
         return text
-    return f"{text}, {free / 1e9:.1f} GB free" + (": TOO LITTLE, try a smaller batch" if needed > free else "")
+    return f"{text}, {_size(free)} free" + (": TOO LITTLE, try a smaller batch" if needed > free else "")
+
+
+def _size(count):
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def state_bytes(model):

@@ -9,7 +9,6 @@ do not fit together where inference takes several steps; ``--warm-start 0.3`` me
 from the seed, but what happens depends on timing, so that no two runs are alike.
 """
 
-import argparse
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from envs.shared.episode import Episode
 from eval.realtime.plot import plot
 from eval.realtime.schedule import MODES, REPLAN, ChunkSchedule
 from eval.rollout.loop import describe, summarize, write_results
-from eval.shared.command import command
+from eval.shared.command import Parser, command
 from eval.shared.machine import choose_device, describe_machine
 from policy.checkpoint import load_policy
 from policy.denoiser.samplers import SAMPLERS
@@ -224,7 +223,7 @@ def _share(text):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m eval.realtime", description=__doc__.split("\n")[0])
+    parser = Parser("eval.realtime", __doc__)
     parser.add_argument("--checkpoint", required=True, help="run folder or .safetensors file")
     parser.add_argument("--rate", type=float, default=10, help="control steps a second (Hz), default 10")
     parser.add_argument("--episodes", type=int, default=5, help="default 5")

@@ -3,21 +3,20 @@
 python -m eval.rollout --checkpoint RUN_OR_CHECKPOINT --episodes 50 --seed 100000 --output DIR
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
 
 from eval.rollout.loop import describe, loop_options, rollout, write_results
-from eval.shared.command import command
+from eval.shared.command import Parser, command
 from policy.checkpoint import load_policy
 from policy.denoiser.samplers import SAMPLERS
 
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m eval.rollout", description=__doc__.split("\n")[0])
+    parser = Parser("eval.rollout", __doc__)
     parser.add_argument("--checkpoint", required=True, help="run folder or .safetensors file")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--seed", type=int, default=100_000, help="first of consecutive test seeds")

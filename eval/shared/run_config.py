@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eval.shared.overrides import nearest
-from policy.checkpoint import LAST, load_checkpoint
+from policy.checkpoint import LAST, find_checkpoint, load_checkpoint
 from policy.files import write_whole
 
 COMPOSED, RESOLVED = "config.yaml", "resolved.yaml"
@@ -47,9 +47,10 @@ def write_config(run_dir, composed, resolved):
 def stored_config(run_dir, overrides):
     """The composed configuration of the run to resume, with the changes ``overrides`` (hydra's key=value).
 
-    Raises ValueError, by name, for a change that would not reach what is built.
+    Raises FileNotFoundError without a checkpoint, and ValueError, by name, for a change that would not reach the run.
     """
     run_dir = Path(run_dir)
+    find_checkpoint(run_dir)
     changes = [change for change in overrides if not change.startswith("resume=")]
     if not (run_dir / RESOLVED).exists():  # a run from before there were two forms, or one whose files were deleted
         if changes:

@@ -1,26 +1,17 @@
 """Language models: text and tokens, blocks, decoding token by token, perplexity, and the command from end to end."""
 
 import builtins
-import json
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
-from PIL import Image
 
-from eval import language
-from eval.shared import sequence
-from eval.shared.compose import compose_at
+from eval.benchmark.language import measure
 from policy.attention import ATTENTIONS, build_attention
-from policy.build import build_model
-from policy.checkpoint import load_model
 from policy.dataset.text.corpus import TokenWindows, embedded_text, read_text, text_parts
-from policy.dataset.text.tokens import ByteTokens, learn_tokens, load_tokens
+from policy.dataset.text.tokens import learn_tokens, load_tokens
 from policy.sequence.blocks import Blocks
 from policy.sequence.language import LanguageModel, draw, surprise, window_starts
 from policy.sequence.stepping import rows_of, step, way_of
@@ -302,7 +293,7 @@ def test_bits_a_byte_and_perplexity():
     net = model(vocabulary=tokens.size).double()
     torch.nn.init.zeros_(net.embedding.tokens.weight)
     test = tokens.encode(TEXT * 3)
-    (found,) = language.measure(net, {"tokens": tokens, "test": test}, {"contexts": [4]}, "cpu")
+    (found,) = measure(net, test, tokens, [4], "cpu")
     size = len(tokens.decode(test[1:]).encode())
     assert found["perplexity"] == pytest.approx(tokens.size, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx((len(test) - 1) * math.log2(tokens.size) / size, rel=1e-5)
@@ -334,155 +325,3 @@ def test_sampling():
     for prompt, temperature in (([], 1.0), ([1], -1.0)):
         with pytest.raises(ValueError, match="prompt, temperature: got"):
             net.generate(prompt, 1, temperature=temperature)
-
-
-# The command -----------------------------------------------------------------------------------------------------
-
-TINY = [
-    "model.dim=16", "model.depth=1", "model.num_heads=2", "context=16", "contexts=[0,8]", "training.batch_size=8",
-    "training.max_steps=6", "training.log_every=2", "training.warmup_steps=1", "training.ema.max_decay=0.5",
-    "stride=16",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("one two three four five six seven eight nine ten\n" * 60)
-    return path
-
-
-def run(*arguments):
-    language.main([str(argument) for argument in arguments])
-
-
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def trained(text, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "run"
-    run("--text", text, "--output", folder, *TINY, "tokens=bpe", "vocabulary=300", "training.max_steps=40",
-        "training.epochs=10", "training.lr=0.02")  # fmt: skip
-    return folder
-
-
-def test_the_command_learns_and_writes_everything(trained, text):
-    found = summary(trained)
-    assert found["bits_per_byte"] < 1.5 and found["vocabulary"] <= 300 and found["text"] == str(text)
-    assert [result["context"] for result in found["contexts"]] == [0, 8] and found["decoding"] == "keys and values"
-    assert found["bits_per_byte"] == found["contexts"][1]["bits_per_byte"]
-    assert Image.open(trained / "curves.png").size[0] > 100
-    assert (trained / "sample.txt").read_text().startswith(language.PROMPT)
-    net = load_model(trained)
-    config = net.config
-    assert config["model"]["vocabulary"] == found["vocabulary"] and not net.training
-    data = language.open_data(config, trained)
-    assert language.measure(net, data, config, "cpu") == found["contexts"]
-
-
-def test_generate(trained, capsys):
-    def printed(*arguments):
-        run("--checkpoint", trained, "--generate", "one two", "--length", 20, *arguments)
-        return capsys.readouterr().out
-
-    first = printed("--seed", 3)
-    assert first.startswith("one two") and printed("--seed", 3) == first != printed("--seed", 4)
-    assert printed("--temperature", 0) == printed("--temperature", 0, "--seed", 4)
-    assert len(printed("--length", 3)) < len(first)
-
-
-def test_a_stopped_run_goes_on(text, tmp_path):
-    whole, half = tmp_path / "whole", tmp_path / "half"
-    run("--text", text, "--output", whole, *TINY)
-    config = OmegaConf.to_container(OmegaConf.load(whole / "config.yaml"))
-    data = language.open_data(config, None)
-    half.mkdir()
-    torch.manual_seed(config["seed"])
-    trainer = sequence.Trainer(
-        build_model(config), data["train"], data["valid"],
-        options=OmegaConf.create(config["training"]), config=config, run_dir=half,
-    )  # fmt: skip
-    trainer.fit(stop_at=3)
-    run("--resume", half)
-    weights = [load_model(folder).state_dict() for folder in (whole, half)]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert summary(half)["contexts"] == summary(whole)["contexts"]
-
-
-def test_several_mechanisms_and_a_table(text, tmp_path, capsys):
-    names = ("causal_eva_text", "ra")
-    run("--text", text, "--output", tmp_path, *TINY, "training.max_steps=2", "--attention", *names)
-    printed = capsys.readouterr().out
-    assert list(json.loads((tmp_path / "comparison.json").read_text())) == list(names)
-    assert all(f"| {name} | " in printed for name in names) and "| whole prefix |" in printed
-    assert Image.open(tmp_path / "comparison.png").size[0] > 100
-    assert summary(tmp_path / "causal_eva_text")["attention_options"]["window_size"] == 32
-    assert summary(tmp_path / "ra")["steps"] == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--attention", "softmax", "eva"], "attention: got 'eva', allowed for a decoder: causal_eva, performer, ra"),
-        (["--attention", "sotfmax"], "attention: got 'sotfmax' (did you mean 'softmax'?), allowed: "),
-        (["--attention", "softmax", "softmax"], "--attention: got softmax, softmax, allowed: each once"),
-        (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["context=200"], "text: got a test part of 147 tokens, allowed: more than the context of 200"),
-        (["contexts=[16]"], "contexts: got 16, allowed: 0 to 15"),
-        (["tokens=word"], "tokens: got 'word', allowed: byte, bpe"),
-        (["--generate", "x"], "--generate, --checkpoint: got one of them"),
-        (["--resume", "nowhere"], "--resume: got other options, too"),
-        (["model.detph=2"], "model.detph"),
-    ],
-    ids=str,
-)
-def test_wrong_arguments(arguments, message, text, tmp_path, capsys):
-    """One line, before anything is written."""
-    source = [] if "--text" in arguments else ["--text", text]
-    with pytest.raises(SystemExit) as end:
-        run(*source, "--output", tmp_path / "run", *TINY, *arguments)
-    error = capsys.readouterr().err
-    assert end.value.code == 1 and message in error and error.count("error:") == 1
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("preset", ["cpu", "paper"])
-def test_every_preset_builds(preset):
-    config = compose_at("language/base", [f"language/preset@_global_={preset}"])
-    with torch.device("meta"):
-        net = build_model({**config, "model": {**config["model"], "vocabulary": config["vocabulary"]}})
-    assert net.context == config["context"] and config["preset"] == preset
-    assert all(0 <= context < net.context for context in config["contexts"])
-
-
-def test_bytes_need_no_other_package():
-    """Neither library is imported by what the default command imports."""
-    names = [Path(language.__file__), Path(sequence.__file__)]
-    assert all("sacrebleu" not in path.read_text() and "import tokenizers" not in path.read_text() for path in names)
-    assert ByteTokens().size == 256
-
-
-@pytest.mark.parametrize("name", ["123", "null", "a (1).txt", "a=b.txt", "x{y}.txt", "it's.txt", "a, b.txt", "b\\c"])
-def test_paths_of_any_characters(name):
-    assert compose_at("language/base", [sequence.quoted("text", name)])["text"] == name
-
-
-def test_what_a_resumed_run_keeps_and_what_a_folder_holds(trained, tmp_path, capsys):
-    """Options beside --resume, a folder with a run, several processes: refused in a line."""
-    (tmp_path / "metrics.jsonl").write_text("")
-    for arguments, message in [
-        (["--resume", str(trained), "training.max_steps=9"], "--resume: got other options, too"),
-        (["--resume", str(tmp_path / "nowhere")], "nowhere"),
-        (["--output", str(tmp_path)], f"--output: got {tmp_path}, which holds a run"),
-        (["contexts=[]"], r"contexts: got \[\], allowed: whole numbers"),
-    ]:
-        with pytest.raises(SystemExit):
-            language.main(arguments)
-        assert re.search(message, capsys.readouterr().err)
-
-
-def test_a_run_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match="x: got a 'translation' run, allowed: a 'language' run"):
-        sequence.check_kind({"model": {"name": "translation"}}, "language", "x")

@@ -1,18 +1,12 @@
 """Translation: pairs, encoder and decoder, beam search, BLEU, and the command from end to end."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from eval import translate
-from eval.shared.compose import compose_at
 from policy.attention import list_attentions
-from policy.build import build_model
-from policy.checkpoint import load_model
 from policy.dataset.text.pairs import PairBatches, embedded_pairs, open_pairs, read_pairs, split_pairs
 from policy.dataset.text.tokens import ByteTokens
 from policy.sequence.search import beam_search
@@ -277,144 +271,3 @@ def test_the_length_penalty_prefers_longer_ones():
         return len(beam_search(step, (), 1, **options)[0][0][1])
 
     assert length(0.0) == 0 and length(1.0) == 5
-
-
-# BLEU ------------------------------------------------------------------------------------------------------------
-
-REFERENCES = [german for _, german in embedded_pairs(40, seed=5)]
-
-
-def test_bleu_of_perfect_translations():
-    found = translate.score(REFERENCES, REFERENCES)
-    assert found["bleu"] == pytest.approx(100) and found["bleu_ci95"] == pytest.approx([100, 100])
-    assert found["chrf"] == pytest.approx(100) and found["exact"] == 1
-    assert "tok:13a" in found["bleu_signature"] and "version:" in found["chrf_signature"]
-
-
-def test_bleu_of_others():
-    worse = [reference.replace("den", "dem").replace("die", "der") for reference in REFERENCES]
-    found = translate.score(worse, REFERENCES)
-    low, high = found["bleu_ci95"]
-    assert 10 < low < found["bleu"] < high < 100 and high - low > 1 and found["exact"] < 1
-    assert found == translate.score(worse, REFERENCES)
-    assert translate.score(["nichts"] * 40, REFERENCES)["bleu"] < 1
-
-
-# The command -----------------------------------------------------------------------------------------------------
-
-TINY = [
-    "model.dim=16", "model.depth=1", "model.decoder_depth=1", "model.num_heads=2", "source_length=32",
-    "target_length=32", "pairs=120", "held_out=10", "vocabulary=600", "training.max_steps=2", "training.batch_size=16",
-    "training.log_every=1", "training.warmup_steps=1",
-]  # fmt: skip
-
-
-def run(*arguments):
-    translate.main([str(argument) for argument in arguments])
-
-
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    """A run on twelve sentences, whose test pairs are those it learned."""
-    folder = tmp_path_factory.mktemp("learned")
-    pairs = embedded_pairs(14, seed=3)
-    for side, name in enumerate(("text.en", "text.de")):
-        (folder / name).write_text("\n".join(pair[side] for pair in pairs))
-    run("--source", folder / "text.en", "--target", folder / "text.de", "--output", folder / "run", *TINY, "held_out=1",
-        "model.dim=64", "model.dropout=0", "model.label_smoothing=0", "source_length=80", "target_length=80",
-        "training.lr=0.01", "training.max_steps=150", "training.epochs=150", "training.ema.max_decay=0.5",
-        "training.val_every=999", "training.checkpoint_every=999", "training.warmup_steps=10")  # fmt: skip
-    return folder / "run"
-
-
-def test_learning_by_heart(learned):
-    """What it was trained on comes out again, word by word."""
-    net = load_model(learned)
-    config = net.config
-    data = translate.open_data(config, learned)
-    options = {"beams": 4, "length_penalty": 1.0, "device": "cpu"}
-    translations = translate.translate(net, data["train"], data["tokens"], **options)
-    references = [reference for _, reference in data["train"].texts]
-    assert translate.score(translations, references)["bleu"] > 90
-    few = translate.translate(net, data["train"], data["tokens"], **options, batch_size=1)
-    assert few == translations
-
-
-def test_what_a_run_leaves(learned):
-    found = summary(learned)
-    assert found["train_pairs"] == 12 and found["test_pairs"] == 1 and found["beams"] == 4
-    assert found["dropped"] == {"train": 0, "valid": 0, "test": 0} and 0 <= found["bleu"] <= 100
-    assert found["decoder_attention"] == "softmax" and found["steps"] == 150
-    assert "reference" in (learned / "examples.txt").read_text()
-    for name in ("curves.png", "tokens.json", "config.yaml", "metrics.jsonl"):
-        assert (learned / name).stat().st_size > 0
-
-
-def test_translating_a_sentence(learned, capsys):
-    english, german = embedded_pairs(14, seed=3)[0]
-    run("--checkpoint", learned, "--translate", english)
-    assert capsys.readouterr().out.split()[0] == german.split()[0]
-    with pytest.raises(SystemExit):
-        run("--checkpoint", learned, "--translate", "word " * 99)
-    assert "source_length, target_length: got 80, 80, allowed: at least" in capsys.readouterr().err
-
-
-def test_the_embedded_pairs_with_several_encoders(tmp_path, capsys):
-    run("--output", tmp_path, *TINY, "--attention", "eva_text", "lara_text",
-        "attention@model.decoder_attention=performer", "source_length=28", "target_length=28", "beams=2",
-        "length_penalty=0.5")  # fmt: skip
-    found = {name: summary(tmp_path / name) for name in ("eva_text", "lara_text")}
-    assert [found[name]["attention"] for name in found] == ["eva", "lara"]
-    assert found["eva_text"]["decoder_attention"] == "performer" and found["eva_text"]["beams"] == 2
-    assert found["eva_text"]["dropped"]["train"] > 0 and found["eva_text"]["data"] == "embedded"
-    printed = capsys.readouterr().out
-    assert f"{found['eva_text']['dropped']['train']} with too many tokens dropped" in printed
-    assert "| lara_text | " in printed and (tmp_path / "comparison.png").stat().st_size > 0
-    data = translate.open_data(OmegaConf.to_container(OmegaConf.load(tmp_path / "eva_text" / "config.yaml")), None)
-    sources = [{one for one, _ in data[part].texts} for part in ("train", "valid", "test")]
-    assert not sources[0] & sources[1] and not sources[0] & sources[2] and not sources[1] & sources[2]
-
-
-def test_a_finished_run_may_be_tested_again(learned):
-    before = summary(learned)
-    run("--resume", learned)
-    timing = {"training_minutes", "minutes"}
-    assert {k: v for k, v in summary(learned).items() if k not in timing} == {
-        k: v for k, v in before.items() if k not in timing
-    }
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--source", "nowhere.en"], "source, target: got nowhere.en and None, allowed: two files, or neither"),
-        (["--source", "nowhere.en", "--target", "nowhere.de"], "nowhere.en"),
-        (["--attention", "softmax", "no_such"], "attention: got 'no_such', allowed: "),
-        (["attention@model.decoder_attention=eva"], "attention: got 'eva', allowed for a decoder: causal_eva"),
-        (["held_out=60"], "held_out: got 60, allowed: 1 to below half of the 1"),
-        (["--translate", "x"], "--translate, --checkpoint: got one of them"),
-        (["source_length=3"], "source_length, target_length: got 3, 32, allowed: at least"),
-        (["pairs=many"], "pairs: got 'many', allowed: integer"),
-        (["beams=0"], "beams: got 0, allowed: 1 and more"),
-    ],
-    ids=str,
-)
-def test_wrong_arguments(arguments, message, tmp_path, capsys):
-    """One line, before anything is written."""
-    with pytest.raises(SystemExit) as end:
-        run("--output", tmp_path / "run", *TINY, *arguments)
-    error = capsys.readouterr().err
-    assert end.value.code == 1 and message in error and error.count("error:") == 1
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("preset", ["cpu", "paper"])
-def test_every_preset_builds(preset):
-    config = compose_at("translation/base", [f"translation/preset@_global_={preset}"])
-    with torch.device("meta"):
-        net = build_model({**config, "model": {**config["model"], "vocabulary": config["vocabulary"]}})
-    assert net.source_length == config["source_length"] and config["preset"] == preset
