@@ -3,22 +3,15 @@
 import hashlib
 import io
 import itertools
-import multiprocessing
 import os
 import pickle
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from paths import ROOT
 from PIL import Image
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 
@@ -26,7 +19,7 @@ from policy.dataset.image import dataset as images
 from policy.dataset.image import sources as image_sources
 from policy.dataset.image.dataset import ImageDataset
 from policy.dataset.image.sources import CIFAR, open_images
-from policy.dataset.stream import GRACE, seed_generators, stream_batches
+from policy.dataset.stream import seed_generators, stream_batches
 
 
 def picture(seed, size=(8, 8)):
@@ -109,15 +102,12 @@ def test_folders_and_zips_of_splits(tmp_path, top, place, held_out):
     path = placed(files, tmp_path / place)
     for split, count, prefix in (("train", 3, "train"), ("test", 2, held_out)):
         source = open_images(path, split)
-        assert source.classes == ["cat", "dog"]
-        assert source.labels.dtype == np.int64
+        assert source.classes == ["cat", "dog"] and source.labels.dtype == np.int64
         assert source.labels.tolist() == [0] * count + [1] * count
         assert source.name(count) == f"{path}/{top}{prefix}/dog/0.png"
         for index in range(len(source)):
             data = files[source.name(index).removeprefix(f"{path}/")]
-            image = source.image(index)
-            assert image.mode == "RGB"
-            np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data))))
+            np.testing.assert_array_equal(source.image(index), Image.open(io.BytesIO(data)))
     assert os.listdir(tmp_path) == [place]  # nothing is unpacked
 
 
@@ -145,14 +135,10 @@ def test_without_splits_a_fifth_of_each_class_is_held_out(tmp_path, place):
     path = placed(files, tmp_path / place)
     train, test = (open_images(path, split) for split in ("train", "test"))
     assert train.classes == test.classes == ["cat", "train"]
-    members = {
-        split: {s.name(i).removeprefix(f"{path}/") for i in range(len(s))}
-        for split, s in zip("ab", (train, test), strict=True)
-    }
-    assert not members["a"] & members["b"]
-    assert members["a"] | members["b"] == set(files)
+    shown, held_out = ({s.name(i).removeprefix(f"{path}/") for i in range(len(s))} for s in (train, test))
+    assert not shown & held_out and shown | held_out == set(files)
     ranked = sorted((f"{i}.png" for i in range(23)), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    assert {name for name in members["b"] if name.startswith("cat")} == {f"cat/{name}" for name in ranked[:4]}
+    assert {name for name in held_out if name.startswith("cat")} == {f"cat/{name}" for name in ranked[:4]}
     assert np.bincount(test.labels).tolist() == [4, 1]
 
 
@@ -161,8 +147,7 @@ def test_test_labels_are_numbers_of_training_classes(folder):
         file.unlink()
     (folder / "test" / "cat").rmdir()
     source = open_images(folder, "test")
-    assert source.classes == ["cat", "dog"]
-    assert source.labels.tolist() == [1, 1]
+    assert source.classes == ["cat", "dog"] and source.labels.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("place", ["tiny-imagenet-200", "tiny-imagenet-200.zip"])
@@ -176,10 +161,9 @@ def test_tiny_imagenet(tmp_path, place):
     placed(files, tmp_path / place)
     train, test = (open_images("tiny_imagenet", split, root=tmp_path) for split in ("train", "test"))
     assert train.classes == test.classes == ["n01", "n02"]
-    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert test.labels.tolist() == [0, 1, 1]
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 1, 1]
     for index, number in enumerate((11, 10, 12)):
-        np.testing.assert_array_equal(np.asarray(test.image(index)), picture(number))
+        np.testing.assert_array_equal(test.image(index), picture(number))
 
 
 def test_imagenet_and_the_list_of_a_hundred(tmp_path):
@@ -192,12 +176,10 @@ def test_imagenet_and_the_list_of_a_hundred(tmp_path):
         assert source.classes == ["n1", "n3"]
         assert source.labels.tolist() == [0] * each + [1] * each
         assert not any("n2" in source.name(index) for index in range(len(source)))
-    (tmp_path / "imagenet100" / "imagenet100.txt").write_text("n1\nn9\n")
-    with pytest.raises(ValueError, match=r"imagenet100.txt: got classes that train lacks \(n9\), allowed: n1, n2, n3"):
-        open_images("imagenet100", "train", root=tmp_path)
-    (tmp_path / "imagenet100" / "imagenet100.txt").write_text("")
-    with pytest.raises(ValueError, match="imagenet100: got no images to train, allowed: images of some class"):
-        open_images("imagenet100", "train", root=tmp_path)
+    for content, message in (("n1\nn9\n", "imagenet100.txt.*n9"), ("", "no images")):
+        (tmp_path / "imagenet100" / "imagenet100.txt").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            open_images("imagenet100", "train", root=tmp_path)
     (tmp_path / "imagenet100" / "imagenet100.txt").unlink()
     assert len(open_images("imagenet100", "train", root=tmp_path).classes) == 3
 
@@ -238,23 +220,17 @@ def cifar(tmp_path, monkeypatch):
 def test_cifar(cifar):
     for split, seed in (("train", 0), ("test", 50)):
         source = open_images("cifar10", split, root=cifar.parent)
-        assert source.classes == ["a", "b", "c"]
+        assert source.classes == ["a", "b", "c"] and source.name(3) == f"{cifar}/{split}/3"
         assert source.labels.tolist() == [2, 0, 1, 1, 0, 2]
-        assert source.name(3) == f"{cifar}/{split}/3"
         for index in range(6):
-            np.testing.assert_array_equal(np.asarray(source.image(index)), picture(seed + index, (32, 32)))
+            np.testing.assert_array_equal(source.image(index), picture(seed + index, (32, 32)))
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_missing_cifar_says_where_it_comes_from(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"download=true fetches it, or unpack https://.*{name[5:]}.*tar.gz in"):
-        open_images(name, "train", root=tmp_path)
-
-
-def test_damaged_cifar_is_not_read(cifar):
+def test_missing_and_damaged_cifar_says_where_it_comes_from(tmp_path, cifar):
     (cifar / "data_batch_1").write_bytes(b"\x80")
-    with pytest.raises(FileNotFoundError, match="no whole copy of cifar10"):
-        open_images("cifar10", "train", root=cifar.parent)
+    for name, archive in (("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")):
+        with pytest.raises(FileNotFoundError, match=f"download=true.*{archive}"):
+            open_images(name, "train", root=tmp_path)
 
 
 def test_cifar_is_downloaded_on_request_only(cifar, monkeypatch):
@@ -269,23 +245,15 @@ def test_cifar_is_downloaded_on_request_only(cifar, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "split", "message"),
     [
-        (TWO_SPLITS, "val", "split: got 'val', allowed: train, test"),
-        ({"notes.txt": b""}, "train", "{path}: got no folders, allowed: train/<class>/*"),
-        ({"train/": b"", "test/": b""}, "train", "{path}/t[a-z]*: got no images, allowed: files .jpg"),
-        ({**TWO_SPLITS, "train/eel/": b""}, "train", "{path}/train/eel: got no images, allowed: files .jpg"),
-        ({**TWO_SPLITS, "train/eel/a.txt": b""}, "train", "{path}/train/eel: got no images, allowed: files .jpg"),
-        (
-            {**TWO_SPLITS, "test/cat2/0.png": b""},
-            "test",
-            r"{path}/test: got classes that train lacks \(cat2\), allowed: cat, dog",
-        ),
-        (class_folders("train/", ("cat", "dog"), 2), "test", "{path}: got train alone, allowed: also one of test, val"),
-        (class_folders("val/", ("cat", "dog"), 2), "test", "{path}: got val, allowed: train/<class>/*"),
-        (
-            class_folders("", ("cat", "dog"), 1),
-            "train",
-            "{path}/cat: got 1 image, allowed: at least 2, one of them is held out",
-        ),
+        (TWO_SPLITS, "val", "split"),
+        ({"notes.txt": b""}, "train", "{path}: got no folders"),
+        ({"train/": b"", "test/": b""}, "train", "{path}/t[a-z]*: got no images"),
+        ({**TWO_SPLITS, "train/eel/": b""}, "train", "{path}/train/eel"),
+        ({**TWO_SPLITS, "train/eel/a.txt": b""}, "train", "{path}/train/eel"),
+        ({**TWO_SPLITS, "test/cat2/0.png": b""}, "test", "{path}/test: .*cat2"),
+        (class_folders("train/", ("cat", "dog"), 2), "test", "{path}: got train alone"),
+        (class_folders("val/", ("cat", "dog"), 2), "test", "{path}: got val"),
+        (class_folders("", ("cat", "dog"), 1), "train", "{path}/cat: got 1 image"),
     ],
 )
 @pytest.mark.parametrize("place", ["pets", "pets.zip"])
@@ -297,48 +265,43 @@ def test_unusable_folders(tmp_path, place, files, split, message):
 
 
 def test_missing_and_unusable_paths(tmp_path, folder):
-    with pytest.raises(
-        FileNotFoundError, match="data: got cifar11, which does not exist, allowed: cifar10, cifar100, "
-    ):
+    with pytest.raises(FileNotFoundError, match="data: got cifar11, .*cifar10"):
         open_images("cifar11", "train")
-    with pytest.raises(FileNotFoundError, match=r"imagenette2-160: does not exist; imagenette comes from https://"):
+    with pytest.raises(FileNotFoundError, match="imagenette2-160.*https://"):
         open_images("imagenette", "train", root=tmp_path)
-    with pytest.raises(ValueError, match="download: got true for .*pets, allowed: true for cifar10, cifar100"):
+    with pytest.raises(ValueError, match="download"):
         open_images(folder, "train", download=True)
     whole = placed(TWO_SPLITS, tmp_path / "whole.zip").read_bytes()
     (tmp_path / "half.zip").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"half.zip: got no whole zip \(.*\), allowed: a folder or .zip of images"):
+    with pytest.raises(ValueError, match="half.zip"):
         open_images(tmp_path / "half.zip", "train")
 
 
 @pytest.mark.parametrize("place", ["pets", "pets.zip"])
 def test_an_unreadable_image_is_named(tmp_path, place):
+    """Cut off, no image at all, or with a byte changed, which the checksum of a zip tells."""
     whole = encoded(picture(0, (64, 64)), ".jpg")
-    broken = {"train/cat/cut.jpg": whole[: len(whole) // 2], "train/cat/none.png": b"no image"}
-    path = placed({**TWO_SPLITS, **broken}, tmp_path / place)
+    files = {**TWO_SPLITS, "train/cat/cut.jpg": whole[: len(whole) // 2], "train/cat/none.png": b"no image"}
+    changed = bytearray(files["train/dog/0.png"])
+    changed[changed.index(b"IDAT") + 10] ^= 255
+    path = placed(files, tmp_path / place)
+    content = path.read_bytes() if path.suffix else None
+    if content:
+        path.write_bytes(content.replace(files["train/dog/0.png"], changed))
+    else:
+        (path / "train/dog/0.png").write_bytes(changed)
     source = open_images(path, "train")
-    for index, name in ((3, "cut.jpg"), (4, "none.png")):
-        with pytest.raises(ValueError, match=re.escape(f"{path}/train/cat/{name}: got no readable image (")) as error:
+    for index, name in ((3, "cat/cut.jpg"), (4, "cat/none.png"), (5, "dog/0.png")):
+        with pytest.raises(ValueError, match=re.escape(f"{path}/train/{name}")) as error:
             source.image(index)
         assert "\n" not in str(error.value)
-
-
-def test_a_damaged_image_in_a_zip_is_named(tmp_path):
-    path = placed(TWO_SPLITS, tmp_path / "pets.zip")
-    data = bytearray(path.read_bytes())
-    data[data.index(b"IDAT") + 10] ^= 255
-    path.write_bytes(data)
-    source = open_images(path, "train")
-    with pytest.raises(ValueError, match=r"train/dog/0.png: got no readable image \(Bad CRC-32"):
-        source.image(3)
 
 
 def test_subsets_keep_classes_and_pixels(folder):
     whole = open_images(folder, "train")
     for _ in range(2):
         part = whole.subset([4, 0])
-        assert part.classes == whole.classes
-        assert part.labels.tolist() == [1, 0]
+        assert part.classes == whole.classes and part.labels.tolist() == [1, 0]
         for index, original in enumerate((4, 0)):
             assert part.name(index) == whole.name(original)
             np.testing.assert_array_equal(part.image(index), whole.image(original))
@@ -372,7 +335,7 @@ def test_other_sets_are_decoded_at_each_access(folder, monkeypatch, reason):
 
 def test_decoding_reports_the_image_that_fails(folder):
     (folder / "train" / "dog" / "1.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="dog/1.png: got no readable image"):
+    with pytest.raises(ValueError, match="dog/1.png"):
         ImageDataset(open_images(folder, "train"), image_size=8)
 
 
@@ -383,10 +346,8 @@ def test_a_batch_holds_the_pixels_and_labels(folder):
     data = ImageDataset(open_images(folder, "train"), image_size=8)
     assert (len(data), data.num_classes, data.classes) == (6, 2, ["cat", "dog"])
     batch = data.batch(np.array([5, 0]))
-    assert batch["image"].shape == (2, 3, 8, 8)
-    assert batch["image"].dtype == torch.float32
-    assert batch["label"].dtype == torch.int64
-    assert batch["label"].tolist() == [1, 0]
+    assert batch["image"].shape == (2, 3, 8, 8) and batch["image"].dtype == torch.float32
+    assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == [1, 0]
     raw = np.stack([data.source.image(index) for index in (5, 0)]).astype(np.float64)
     np.testing.assert_allclose(batch["image"], (raw / 255 * 2 - 1).transpose(0, 3, 1, 2), atol=1e-6)
     assert batch["image"].abs().max() <= 1
@@ -413,14 +374,8 @@ def requests_of(count, *, seed):
     return [[(index % count, seed + index) for index in range(first, first + 4)] for first in (0, 2, 7)]
 
 
-EVERYTHING = {
-    "crop": "resized",
-    "crop_scale": [0.3, 1.0],
-    "flip": 0.5,
-    "auto_augment": "rand-m9-mstd0.5-inc1",
-    "color_jitter": 0.3,
-    "erase": 0.5,
-}
+EVERYTHING = {"crop": "resized", "crop_scale": [0.3, 1.0], "flip": 0.5, "color_jitter": 0.3, "erase": 0.5}
+EVERYTHING["auto_augment"] = "rand-m9-mstd0.5-inc1"
 
 
 @pytest.mark.parametrize("place", ["pets", "pets.zip"])
@@ -438,8 +393,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path, place, in_memory):
     assert (source.pixels is not None) == in_memory
     for batches in zip(*streams, strict=True):
         for batch in batches[1:]:
-            assert torch.equal(batch["image"], batches[0]["image"])
-            assert torch.equal(batch["label"], batches[0]["label"])
+            assert all(torch.equal(batch[key], batches[0][key]) for key in ("image", "label"))
 
 
 def test_workers_read_a_zip_independently(tmp_path, monkeypatch):
@@ -476,12 +430,6 @@ def test_augmentation_depends_on_seed_and_index_alone(folder):
     assert not torch.equal(same["image"][0], same["image"][1])
 
 
-def test_without_augmentation_seeds_change_nothing(folder):
-    data = ImageDataset(open_images(folder, "train"), image_size=8)
-    (batch,) = data.stream([[(2, 0), (3, 1)]])
-    assert torch.equal(batch["image"], data.batch([2, 3])["image"])
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_generators_of_others_stay_as_they_were(folder, workers):
     def states():
@@ -491,18 +439,6 @@ def test_the_generators_of_others_stay_as_they_were(folder, workers):
     data = ImageDataset(open_images(folder, "train"), image_size=8, augment=EVERYTHING, workers=workers)
     list(data.stream(requests_of(6, seed=0)))
     assert states() == before
-
-
-def test_seeds_reach_all_generators():
-    def draws(seed, index):
-        seed_generators(seed, index)
-        return random.random(), np.random.random(), torch.rand(()).item()
-
-    first = draws(1, 2)
-    assert draws(1, 2) == first
-    for other in (draws(2, 2), draws(1, 3), draws(2, 1)):
-        assert all(a != b for a, b in zip(first, other, strict=True))
-    assert len(set(first)) == 3
 
 
 # Augmentation --------------------------------------------------------------------------------------------------------
@@ -521,8 +457,13 @@ def plain(pixels, image_size):
 
 def test_nothing_is_changed_unless_asked_for():
     pixels = picture(0, (20, 16))
-    assert (augmented(pixels, 16, 5) == plain(pixels, 16)).all()
-    assert (augmented(pixels, 16, 5, crop="none", flip=0.0, color_jitter=0.0, erase=0.0) == plain(pixels, 16)).all()
+    (unasked,) = ImageDataset(Pictures(pixels), image_size=16).stream([[(0, seed) for seed in range(5)]])
+    for changed in (
+        pixels_of(unasked),
+        augmented(pixels, 16, 5),
+        augmented(pixels, 16, 5, crop="none", flip=0.0, color_jitter=0.0, erase=0.0),
+    ):
+        assert (changed == plain(pixels, 16)).all()
 
 
 @pytest.mark.parametrize("scale", [(0.2, 0.2), (0.5, 0.5), (0.08, 1.0)])
@@ -616,126 +557,15 @@ def test_erasing_puts_noise_into_a_box():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"workers": -1}, "workers: got -1, allowed: >= 0"),
-        ({"image_size": 0}, "image_size: got 0, allowed: >= 1"),
-        ({"resize": 31}, "resize: got 31, allowed: at least the image_size 32"),
-        (
-            {"augment": {"blur": 1}},
-            "augment.*: got blur, allowed: auto_augment, color_jitter, crop, crop_scale, erase,",
-        ),
-        ({"augment": {"evaluation": 1}}, "augment.*: got evaluation, allowed: auto_augment, "),
-        (
-            {"augment": {"crop": "padd"}},
-            r"augment.crop: got 'padd' \(did you mean 'pad'\?\), allowed: none, pad, resized",
-        ),
-        (
-            {"augment": {"crop": "resized", "crop_scale": [0.5, 0.1]}},
-            r"augment.crop_scale: got \[0.5, 0.1\], allowed: two",
-        ),
-        ({"augment": {"crop": "resized", "crop_scale": [0, 1]}}, r"augment.crop_scale: got \[0, 1\], allowed: two"),
-        ({"augment": {"crop": "pad", "pad": 32}}, "augment.pad: got 32, allowed: 0 to 31, below image_size"),
-        ({"augment": {"flip": 1.5}}, "augment.flip: got 1.5, allowed: 0 to 1"),
-        ({"augment": {"erase": -0.1}}, "augment.erase: got -0.1, allowed: 0 to 1"),
-        ({"augment": {"color_jitter": -1}}, "augment.color_jitter: got -1, allowed: >= 0 or null"),
-        ({"augment": {"auto_augment": "rand-x3"}}, r"augment.auto_augment: got 'rand-x3' \(.*\), allowed: as rand-m9"),
-        ({"augment": {"auto_augment": "nothing"}}, r"augment.auto_augment: got 'nothing' \(.*\), allowed: as rand-m9"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    ("key", "value"),
+    [("workers", -1), ("image_size", 0), ("resize", 31), ("augment.blur", 1), ("augment.evaluation", 1),
+     ("augment.crop", "padd"), ("augment.crop_scale", [0.5, 0.1]), ("augment.crop_scale", [0, 1]), ("augment.pad", 32),
+     ("augment.flip", 1.5), ("augment.erase", -0.1), ("augment.color_jitter", -1), ("augment.auto_augment", "rand-x3"),
+     ("augment.auto_augment", "nothing")],
+)  # fmt: skip
+def test_wrong_options(key, value):
+    name = key.removeprefix("augment.")
+    crop = {"crop_scale": {"crop": "resized"}, "pad": {"crop": "pad"}}.get(name, {})
+    options = {name: value} if name == key else {"augment": {**crop, name: value}}
+    with pytest.raises(ValueError, match=name):
         ImageDataset(Pictures(picture(0)), **{"image_size": 32, **options})
-
-
-# Workers -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_requests_are_taken_as_needed_and_answered_in_order(workers):
-    def slow_first(request):
-        time.sleep(0.3 if request == 0 else 0)
-        return {"request": request, "process": os.getpid(), "threads": torch.get_num_threads()}
-
-    torch.set_num_threads(2)
-    try:
-        stream = stream_batches(slow_first, itertools.count(), workers=workers)
-        answers = list(itertools.islice(stream, 8))
-        stream.close()
-    finally:
-        torch.set_num_threads(1)
-    assert [answer["request"] for answer in answers] == list(range(8))
-    assert len({answer["process"] for answer in answers} - {os.getpid()}) == workers
-    assert {answer["threads"] for answer in answers} == {1 if workers else 2}
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_arrives_as_it_was_raised(folder, workers, monkeypatch):
-    monkeypatch.setattr(image_sources, "DECODED_BYTES", 0)
-    data = ImageDataset(open_images(folder, "train"), image_size=8, workers=workers)
-    bad = folder / "train" / "dog" / "1.png"
-    bad.write_bytes(b"")
-    stream = data.stream([[(index, None)] for index in range(6)])
-    assert [next(stream)["label"].item() for _ in range(4)] == [0, 0, 0, 1]
-    with pytest.raises(ValueError) as error:
-        next(stream)
-    assert str(error.value).startswith(f"{bad}: got no readable image (")
-    assert "\n" not in str(error.value)
-
-
-def test_signals_to_all_processes_leave_the_workers_at_work(monkeypatch):
-    stream = stream_batches(lambda request: request, itertools.count(), workers=1)
-    assert next(stream) == 0
-    (worker,) = multiprocessing.active_children()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(worker.pid, number)
-    assert [next(stream) for _ in range(9)] == list(range(1, 10))
-    started = time.monotonic()
-    stream.close()
-    assert not worker.is_alive()
-    assert time.monotonic() - started < GRACE / 2
-
-
-def test_workers_end_some_time_after_a_sigterm(monkeypatch):
-    """One that is not asked to end in any other way, as where the main process hangs."""
-    monkeypatch.setattr("policy.dataset.stream.GRACE", 1)
-    stream = stream_batches(lambda request: request, itertools.count(), workers=1)
-    next(stream)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGTERM)
-    with pytest.raises(RuntimeError, match="worker"):
-        for _ in range(100):
-            time.sleep(0.1)
-            next(stream)
-    assert not worker.is_alive()
-
-
-def test_workers_end_with_a_killed_parent():
-    program = (
-        "import itertools, os\n"
-        "from policy.dataset.image.dataset import stream_batches\n"
-        "stream = stream_batches(lambda request: os.getpid(), itertools.count(), workers=2)\n"
-        "print(next(stream), next(stream), flush=True)\n"
-        "input()\n"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, **pipes)
-    workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(set(workers)) == 2
-    assert all(is_running(pid) for pid in workers)
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + 30
-    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(is_running(pid) for pid in workers)
-
-
-def is_running(pid):
-    """Whether process ``pid`` is there and no zombie, which nobody may wait for in a container."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
