@@ -143,45 +143,33 @@ def _overwrite(name, content):
     return lambda path: (path / name).write_bytes(content)
 
 
-DEFECTS = {
-    "pixels above": (
-        _set("data/img", (25, 0, 0, 0), 255.5),
-        r"data/img: got pixels outside 0..255 in frames 21 to 27, ",
-    ),
-    "pixels below": (_set("data/img", (0, 0, 0, 0), -1), r"data/img: got pixels outside"),
-    "pixels not finite": (_set("data/img", (0, 0, 0, 0), np.nan), r"data/img: got pixels outside"),
-    "NaN": (_set("data/action", (23, 1), np.nan), r"data/action: got NaN or inf in frame 23, allowed: finite"),
-    "inf": (_set("data/state", (8, 0), -np.inf), r"data/state: got NaN or inf in frame 8"),
-    "no episode_ends": (_remove("meta"), r"got no meta/episode_ends, allowed: a replay buffer"),
-    "missing key": (_remove("data/state"), r"got no data/state for 'agent_pos', allowed: action, img$"),
-    "no data": (_remove("data"), r"got no data/img for 'image', allowed: nothing"),
-    "image shape": (_replace("data/img", np.zeros((FRAMES, 9, 6, 3))), r"\(9, 6, 3\), allowed: \(8, 6, 3\)"),
-    "action shape": (
-        _replace("data/action", np.ones((FRAMES, 3))),
-        r"action: got shape .*\(3,\), allowed: \(2,\)",
-    ),
-    "too few columns": (
-        _replace("data/state", np.ones((FRAMES, 3))),
-        r"\(3,\), allowed: .* columns \[3, 0\]",
-    ),
-    "no numbers": (_replace("data/action", np.full((FRAMES, 2), "x")), r"data/action: got type .*allowed: numbers"),
-    "too few frames": (_replace("data/action", np.ones((FRAMES - 1, 2))), r"action: got 29 frames, allowed: 30"),
-    "too many frames": (_replace("data/action", np.ones((FRAMES + 1, 2))), r"action: got 31 frames, allowed: 30"),
-    "empty episode": (_replace("meta/episode_ends", [7, 7, 30]), r"got 7 at position 1, allowed: strictly increasing"),
-    "falling ends": (_replace("meta/episode_ends", [7, 5, 30]), r"got 5 at position 1, allowed: strictly increasing"),
-    "zero first": (_replace("meta/episode_ends", [0, 5, 30]), r"got 0 at position 0, allowed: strictly increasing"),
-    "no episode": (_replace("meta/episode_ends", np.empty(0, int)), r"got shape \(0,\), allowed: \(E,\) with E >= 1"),
-    "ends shape": (_replace("meta/episode_ends", [[30]]), r"got shape \(1, 1\), allowed: \(E,\)"),
-    "ends too large": (_replace("meta/episode_ends", [7, 31]), r"got 30 frames, allowed: 31, the last episode_ends"),
-    "missing chunk": (_remove("data/img/3.0.0.0"), r"data/img: got 4 of 5 chunks, allowed: all"),
-    "corrupt chunk": (_overwrite("data/action/1.0", b"garbage"), r"data/action: got a chunk that cannot be decoded"),
-    "empty chunk": (_overwrite("data/img/1.0.0.0", b""), r"data/img: got a chunk that cannot be decoded"),
-    "corrupt ends": (
-        _overwrite("meta/episode_ends/0", b"garbage"),
-        r"episode_ends: got a chunk that cannot be",
-    ),
-    "corrupt description": (_overwrite("data/img/.zarray", b"{"), r"data/img: got a description that cannot be read"),
-    "corrupt group": (_overwrite(".zgroup", b"{"), r"demos.zarr: got something that is not a readable zarr"),
+DEFECTS = {  # name: (change, what the error names)
+    "pixels above": (_set("data/img", (25, 0, 0, 0), 255.5), "data/img.* frames 21 to 27"),
+    "pixels below": (_set("data/img", (0, 0, 0, 0), -1), "data/img"),
+    "pixels not finite": (_set("data/img", (0, 0, 0, 0), np.nan), "data/img"),
+    "NaN": (_set("data/action", (23, 1), np.nan), "data/action.* frame 23"),
+    "inf": (_set("data/state", (8, 0), -np.inf), "data/state.* frame 8"),
+    "no episode_ends": (_remove("meta"), "got no meta/episode_ends"),
+    "missing key": (_remove("data/state"), "got no data/state for 'agent_pos', allowed: action, img$"),
+    "no data": (_remove("data"), "got no data/img for 'image'"),
+    "image shape": (_replace("data/img", np.zeros((FRAMES, 9, 6, 3))), r"img.*\(9, 6, 3\).*\(8, 6, 3\)"),
+    "action shape": (_replace("data/action", np.ones((FRAMES, 3))), r"action.*\(3,\).*\(2,\)"),
+    "too few columns": (_replace("data/state", np.ones((FRAMES, 3))), r"state.*\(3,\).*\[3, 0\]"),
+    "no numbers": (_replace("data/action", np.full((FRAMES, 2), "x")), "data/action: got type"),
+    "too few frames": (_replace("data/action", np.ones((FRAMES - 1, 2))), "action: got 29 .* 30"),
+    "too many frames": (_replace("data/action", np.ones((FRAMES + 1, 2))), "action: got 31 .* 30"),
+    "empty episode": (_replace("meta/episode_ends", [7, 7, 30]), "episode_ends: got 7 at position 1"),
+    "falling ends": (_replace("meta/episode_ends", [7, 5, 30]), "episode_ends: got 5 at position 1"),
+    "zero first": (_replace("meta/episode_ends", [0, 5, 30]), "episode_ends: got 0 at position 0"),
+    "no episode": (_replace("meta/episode_ends", np.empty(0, int)), r"episode_ends: got shape \(0,\)"),
+    "ends shape": (_replace("meta/episode_ends", [[30]]), r"episode_ends: got shape \(1, 1\)"),
+    "ends too large": (_replace("meta/episode_ends", [7, 31]), "got 30 .* 31"),
+    "missing chunk": (_remove("data/img/3.0.0.0"), "data/img: got 4 of 5 chunks"),
+    "corrupt chunk": (_overwrite("data/action/1.0", b"garbage"), "data/action: got a chunk"),
+    "empty chunk": (_overwrite("data/img/1.0.0.0", b""), "data/img: got a chunk"),
+    "corrupt ends": (_overwrite("meta/episode_ends/0", b"garbage"), "episode_ends: got a chunk"),
+    "corrupt description": (_overwrite("data/img/.zarray", b"{"), "data/img: got a description"),
+    "corrupt group": (_overwrite(".zgroup", b"{"), "demos.zarr"),
 }
 
 
@@ -196,7 +184,7 @@ def test_defects_are_named(folder, monkeypatch, defect):
 
 
 def test_a_missing_path_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"got .*nowhere\.zarr, which does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere.zarr"):
         ReplayBuffer.open(tmp_path / "nowhere.zarr", SOURCES)
 
 
@@ -212,11 +200,11 @@ def test_what_is_no_zarr_is_named(folder, tmp_path, kind):
         path.write_bytes(path.read_bytes()[:-200])
     else:
         path.write_text("not a data set")
-    with pytest.raises(ValueError, match=r"other(\.zip)?: got something that is not a readable zarr group"):
+    with pytest.raises(ValueError, match="other"):
         ReplayBuffer.open(path, SOURCES)
 
 
 @pytest.mark.parametrize(("storage", "cache_dir"), [("disk", "x"), ("mmap", None)])
 def test_storage_is_checked(folder, storage, cache_dir):
-    with pytest.raises(ValueError, match=f"storage: got '{storage}'.*allowed: "):
+    with pytest.raises(ValueError, match="storage"):
         ReplayBuffer.open(folder, SOURCES, storage=storage, cache_dir=cache_dir)

@@ -43,7 +43,7 @@ def test_windows_are_the_runs_of_the_padded_episodes(case):
     if not expected:
         chosen = [lengths[i] for i in (range(len(lengths)) if episodes is None else episodes)]
         allowed = max(chosen, default=0) + pad_before + pad_after
-        with pytest.raises(ValueError, match=f"horizon: got {horizon}, allowed: at most {allowed} "):
+        with pytest.raises(ValueError, match=f"horizon: got {horizon}, .*{allowed}"):
             window_frames(ends, **options)
         return
     windows = window_frames(ends, **options)
@@ -55,15 +55,8 @@ def test_windows_are_the_runs_of_the_padded_episodes(case):
 def test_a_horizon_that_fits_one_episode_leaves_the_shorter_ones_out():
     windows = window_frames(np.array([3, 13, 16]), horizon=10, pad_before=0, pad_after=0)
     assert windows.tolist() == [list(range(3, 13))]
-    with pytest.raises(ValueError, match="horizon: got 11, allowed: at most 10 .longest of 3 episodes: 10 frames"):
+    with pytest.raises(ValueError, match="horizon"):
         window_frames(np.array([3, 13, 16]), horizon=11, pad_before=0, pad_after=0)
-
-
-@pytest.mark.parametrize("options", [(0, 0, 0), (4, -1, 0), (4, 4, 0), (4, 0, -1), (4, 0, 4)])
-def test_window_options_are_checked(options):
-    horizon, pad_before, pad_after = options
-    with pytest.raises(ValueError, match=f"got {horizon}, {pad_before}, {pad_after}, allowed: horizon >= 1 and pads"):
-        window_frames(np.array([20]), horizon=horizon, pad_before=pad_before, pad_after=pad_after)
 
 
 # The split of the episodes -------------------------------------------------------------------------------------------
@@ -94,20 +87,6 @@ def test_split_is_disjoint_deterministic_and_its_held_out_part_does_not_depend_o
 def test_split_depends_on_the_seed():
     splits = {tuple(split_episodes(100, val_ratio=0.1, seed=seed)[1]) for seed in range(20)}
     assert len(splits) == 20
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"val_ratio": -0.1}, "val_ratio: got -0.1, allowed: 0 <= val_ratio < 1"),
-        ({"val_ratio": 1}, "val_ratio: got 1, allowed: 0 <= val_ratio < 1"),
-        ({"val_ratio": 0.9}, "val_ratio: got 0.9 of 3 episodes, allowed: one that leaves some to train"),
-        ({"val_ratio": 0.1, "max_train": 0}, "max_train_episodes: got 0, allowed: >= 1 or null"),
-    ],
-)
-def test_split_options_are_checked(options, message):
-    with pytest.raises(ValueError, match=message):
-        split_episodes(3, seed=0, **options)
 
 
 @settings(deadline=None)
@@ -163,11 +142,6 @@ def test_every_position_of_an_epoch_gets_every_window_equally_often():
     """Chi-square of window at first position over 4000 epochs: 19 degrees of freedom, 99.9 % quantile 43.8."""
     counts = np.bincount([epoch_order(20, seed=3, epoch=epoch)[0] for epoch in range(4000)], minlength=20)
     assert ((counts - 200) ** 2 / 200).sum() < 43.8
-
-
-def test_group_is_checked():
-    with pytest.raises(ValueError, match="windows_per_group: got 0, allowed: >= 1"):
-        epoch_order(10, seed=0, epoch=0, group=0)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -231,12 +205,6 @@ def test_only_the_observed_keys_are_read():
     assert buffer.arrays["image"].read == []
 
 
-@pytest.mark.parametrize("obs_steps", [0, 9])
-def test_obs_steps_are_checked(obs_steps):
-    with pytest.raises(ValueError, match=f"obs_steps: got {obs_steps}, allowed: 1 to the horizon 8"):
-        WindowDataset(recorded_buffer()[0], obs_keys=["image"], horizon=8, obs_steps=obs_steps, pad_after=0)
-
-
 def test_frame_batches_equal_naive_indexing():
     buffer, arrays = recorded_buffer()
     data = FrameDataset(buffer, obs_keys=["image"], target_key="action", frames=[3, 20, 33])
@@ -244,3 +212,28 @@ def test_frame_batches_equal_naive_indexing():
     assert len(data) == 3 and set(batch) == {"obs", "action"} and set(batch["obs"]) == {"image"}
     np.testing.assert_array_equal(batch["obs"]["image"], arrays["image"][[33, 3]].transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(batch["action"], arrays["action"][[33, 3]])
+
+
+# Wrong options -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(0, 0, 0), (4, -1, 0), (4, 4, 0), (4, 0, -1), (4, 0, 4)])
+def test_window_options_are_checked(options):
+    horizon, pad_before, pad_after = options
+    with pytest.raises(ValueError, match="horizon, pad_before, pad_after"):
+        window_frames(np.array([20]), horizon=horizon, pad_before=pad_before, pad_after=pad_after)
+    for obs_steps in (0, 9):
+        with pytest.raises(ValueError, match="obs_steps"):
+            WindowDataset(recorded_buffer()[0], obs_keys=["image"], horizon=8, obs_steps=obs_steps, pad_after=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [("val_ratio", {"val_ratio": -0.1}), ("val_ratio", {"val_ratio": 1}), ("val_ratio", {"val_ratio": 0.9}),
+     ("max_train_episodes", {"max_train": 0}), ("seed", {"seed": -1})],
+)  # fmt: skip
+def test_split_options_are_checked(key, options):
+    with pytest.raises(ValueError, match=key):
+        split_episodes(3, **{"val_ratio": 0.1, "seed": 0, **options})
+    with pytest.raises(ValueError, match="windows_per_group"):
+        epoch_order(10, seed=0, epoch=0, group=0)
