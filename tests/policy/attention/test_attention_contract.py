@@ -36,6 +36,7 @@ OPTIONS = {
 ALIKE = ("performer", "ra", "softmax")
 PLACED = ("bigbird", "causal_eva", "eva", "fibottention", "hybrid", "linformer", "local", "scatterbrain")
 SEGMENTED = ("lara", "nystromformer")
+UNNORMALISED = ("linformer", "nystromformer")  # whose weights need not sum to one
 DIM, HEADS = 24, 3
 
 every_name = pytest.mark.parametrize("name", list_attentions())
@@ -232,6 +233,9 @@ def test_map_is_what_the_values_are_weighed_with(name, options):
     weights, out = attention.attention_map(x, key_padding_mask=mask), attention(x, key_padding_mask=mask)
     assert (weights[0, :, :12, 12:] == 0).all()
     torch.testing.assert_close(weighed(attention, weights, x)[~mask], out[~mask], rtol=1e-4, atol=1e-5)
+    if name in (*ALIKE, *PLACED, *SEGMENTED) and name not in UNNORMALISED:
+        sums = weights.sum(dim=-1).transpose(1, 2)[~mask]
+        torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
 @pytest.mark.parametrize("name", [name for name, attention in ATTENTIONS.items() if attention.causal])

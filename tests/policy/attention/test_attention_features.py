@@ -87,51 +87,6 @@ def test_fewer_tokens_than_landmarks_because_of_padding():
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("build", "option"),
-    [
-        (linformer, {"rank": 4}),
-        (linformer, {"share": "none"}),
-        (linformer, {"share": "kv"}),
-        (linformer, {"init": "mean"}),
-        (linformer, {"seed": 1}),
-        (linformer, {"layer": 2}),
-        (nystromformer, {"num_landmarks": 4}),
-        (nystromformer, {"iterations": 2}),
-        (nystromformer, {"conv_kernel": 3}),
-        (performer, {"num_features": 5}),
-        (performer, {"cos_weighting": True}),
-        (performer, {"seed": 1}),
-        (performer, {"layer": 2}),
-        *[(performer, {"proj_method": name, "num_features": METHODS[name]}) for name in METHODS if name != "favorp"],
-    ],
-)
-def test_every_option_changes_the_output(build, option):
-    assert (build(**option).attend(*qkv()) - build().attend(*qkv())).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("build", "option"),
-    [
-        (linformer, {"rank": 0}),
-        (linformer, {"share": "all"}),
-        (linformer, {"init": "zeros"}),
-        (nystromformer, {"num_landmarks": 0}),
-        (nystromformer, {"iterations": 0}),
-        (nystromformer, {"conv_kernel": 4}),
-        (performer, {"num_features": 0}),
-        (performer, {"proj_method": "favor"}),
-        (performer, {"sample_scheme": "default"}),
-        (performer, {"sample_scheme": "learnable", "proj_method": "relu_only"}),
-        (performer, {"num_features": 6, "proj_method": "dpfp"}),
-        (performer, {"num_features": 5, "proj_method": "mlp_fourier"}),
-    ],
-)
-def test_wrong_options(build, option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        build(**option)
-
-
 def test_more_tokens_than_places():
     for attention in (linformer(), performer(cos_weighting=True)):
         with pytest.raises(ValueError, match="tokens"):
