@@ -64,7 +64,7 @@ def score(model, epoch):
 def torchrun(run_dir, *, processes=2, **options):
     """The started ``train(run_dir, **options)`` on so many processes."""
     code = (
-        "import sys; sys.path[:0] = ['.', 'tests']\n"
+        "import sys; sys.path[:0] = ['.', 'tests', 'tests/policy/training']\n"
         "import conftest, test_processes\n"
         "from eval.shared.command import command\n"  # as train.py ends
         f"command(test_processes.train)({str(run_dir)!r}, **{options!r})\n"
@@ -162,3 +162,22 @@ def test_a_signal_stops_all_processes_at_one_step(single, tmp_path):
     assert f"stopped by SIGTERM at step {state['step']}" in output, output[-3000:]
     train(run, resume=True)
     assert_close(tensors_of(run), tensors_of(single))
+
+
+def test_the_door_trains_a_language_model_on_two_processes(tmp_path):
+    """One folder, one summary, the losses of one process."""
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten\n" * 60)
+    small = ["model.dim=16", "model.depth=1", "model.num_heads=2", "context=16", "contexts=[0]", "stride=16",
+             "training.max_steps=4", "training.log_every=1", f"text={text}"]  # fmt: skip
+    for processes in (1, 2):
+        output = f"output={tmp_path}/{processes}"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "train.py"]
+        command = [sys.executable, *launcher, "--config-dir=config/language", *small, output]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("bits a byte") == 1 and done.stdout.count("parameters") == 1
+    assert (tmp_path / "2" / "summary.json").exists()
+    one, two = (losses(tmp_path / str(processes)) for processes in (1, 2))
+    assert one.keys() == two.keys() and np.allclose(list(one.values()), list(two.values()), rtol=1e-4)
