@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from policy.decoder import build_decoder
+from policy.denoiser import build_denoiser
 from policy.denoiser.inference import ChunkSampler
-from policy.denoiser.unet1d import ConditionalUNet1D
 from policy.encoder.observation import ObservationEncoder, to_unit
 from policy.normalizer import Normalizer
 
@@ -50,9 +50,9 @@ class DiffusionPolicy(ChunkSampler):
         encoder = ObservationEncoder(
             shape_meta=obs_meta, crop=crop, encoder=encoder, attention=attention, normalizer=normalizer
         )
-        denoiser = ConditionalUNet1D(action_dim=action_dim, condition_dim=obs_steps * encoder.out_dim, **denoiser)
+        denoiser = build_denoiser(**denoiser, action_dim=action_dim, condition_dim=obs_steps * encoder.out_dim)
         if horizon % denoiser.multiple:
-            raise ValueError(f"horizon: got {horizon}, allowed: a multiple of {denoiser.multiple} (U-Net levels)")
+            raise ValueError(f"horizon: got {horizon}, allowed: a multiple of {denoiser.multiple} (denoiser)")
         if timesteps_per_sample < 1:
             raise ValueError(f"timesteps_per_sample: got {timesteps_per_sample}, allowed: >= 1")
         super().__init__(

@@ -66,36 +66,47 @@ def export_weights(run_or_checkpoint, output, *, half=False, keep_decoder=False)
 
 
 class FilmEncoder(nn.Module):
-    """obs {key: (B, To, ...)} float32 in raw units, images in 0..255 -> the observation's part of all FiLM (B, F)."""
+    """obs {key: (B, To, ...)} float32 in raw units, images in 0..255 -> the observation's part of all films (B, F)."""
 
     def __init__(self, policy):
         super().__init__()
         self.encoder, self.obs_steps = policy.encoder, policy.obs_steps
         self.observation_films = policy.denoiser.observation_films
-        self.layers = nn.ModuleList(policy.denoiser.film_layers())  # the denoiser's other weights stay out of the file
+        condition = torch.zeros(1, self.obs_steps * self.encoder.out_dim)
+        self.weights = _weights_read(policy.denoiser, self.observation_films(condition))
 
     def forward(self, obs):
         frames = self.encoder({key: values.flatten(0, 1) for key, values in obs.items()})
         condition = frames.unflatten(0, (-1, self.obs_steps)).flatten(1)  # (B, To * K)
-        return torch.cat(self.observation_films(condition), dim=1)
+        return torch.cat([film.flatten(1) for film in self.observation_films(condition)], dim=1)
 
 
 class LoopStep(nn.Module):
     """actions (B, T, Da), films (B, F), number (1,) of a step of the loop -> prediction (B, T, Da).
 
-    The steps' part of FiLM does not depend on the observation, so the graph holds a table of it, a row a step.
+    The steps' part of the films does not depend on the observation, so the graph holds a table of it, a row a step.
     """
 
-    def __init__(self, denoiser, timesteps):
+    def __init__(self, denoiser, timesteps, action_shape):
         super().__init__()
-        self.denoiser = denoiser
+        self.denoise = denoiser.denoise
         films = denoiser.step_films(torch.tensor(timesteps))
-        self.sizes = [film.shape[1] for film in films]
-        self.register_buffer("table", torch.cat(films, dim=1))  # (S, F)
+        self.shapes = [film.shape[1:] for film in films]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.register_buffer("table", torch.cat([film.flatten(1) for film in films], dim=1).detach())  # (S, F)
+        first = [film[:1].detach() for film in films]
+        self.weights = _weights_read(denoiser, [self.denoise(torch.zeros(1, *action_shape), first)])
 
     def forward(self, actions, films, step):
-        films = films + self.table.index_select(0, step)
-        return self.denoiser.denoise(actions, films.split(self.sizes, dim=1))
+        films = (films + self.table.index_select(0, step)).split(self.sizes, dim=1)
+        return self.denoise(actions, [film.unflatten(1, s) for film, s in zip(films, self.shapes, strict=True)])
+
+
+def _weights_read(denoiser, outputs):
+    """The parameters that ``outputs`` were made of; the denoiser's others then stay out of a part's file."""
+    parameters = list(denoiser.parameters())
+    gradients = torch.autograd.grad(sum(out.sum() for out in outputs), parameters, allow_unused=True)
+    return nn.ParameterList(p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
 
 
 def export_graphs(run_or_checkpoint, output, *, sampler=None, steps=None, batch=None):
@@ -107,12 +118,13 @@ def export_graphs(run_or_checkpoint, output, *, sampler=None, steps=None, batch=
         _check_packages()
     if batch is not None and batch < 1:
         raise ValueError(f"batch: got {batch}, allowed: at least 1")
-    policy = load_policy(run_or_checkpoint).requires_grad_(False)
+    policy = load_policy(run_or_checkpoint)
     policy.set_sampler(sampler, steps)
     for module in policy.modules():
         if isinstance(module, FibottentionAttention):
             module.backend = "dense"  # the sparse kernels are operators that no other runtime knows
     parts = _parts(policy, batch or 2)  # an example of one row would fix the number at one
+    policy.requires_grad_(False)
     return _write_together(output, parts, loop_numbers(policy), dynamic=batch is None)
 
 
@@ -142,7 +154,8 @@ def loop_numbers(policy):
 def _parts(policy, batch):
     """{part: (module, example inputs, names of the inputs, name of the output)}."""
     obs = {key: torch.zeros(batch, policy.obs_steps, *shape) for key, shape in policy.encoder.shapes.items()}
-    step = LoopStep(policy.denoiser, [step.timestep for step in policy.sampling_steps()])
+    timesteps = [step.timestep for step in policy.sampling_steps()]
+    step = LoopStep(policy.denoiser, timesteps, (policy.horizon, policy.action_dim))
     films = torch.zeros(batch, sum(step.sizes))
     actions = torch.zeros(batch, policy.horizon, policy.action_dim)
     inputs = {"actions": actions, "films": films, "step": torch.zeros(1, dtype=torch.long)}

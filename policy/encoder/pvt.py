@@ -8,6 +8,7 @@ from torch import nn
 from policy.attention import build_attention
 from policy.encoder.imagenet import take_unit_images
 from policy.encoder.spatial_softmax import SpatialSoftmax
+from policy.registry import choose
 
 POOLS = ("mean", "spatial_softmax")
 ATTENTION_STAGES = ("reduced", "all", "none")
@@ -48,9 +49,8 @@ class PVTEncoder(nn.Module):
         super().__init__()
         if not is_model_in_modules(arch, ("pvt_v2",)):
             raise ValueError(f"arch: got {arch!r}, allowed: {', '.join(timm.list_models(module='pvt_v2'))}")
-        for name, value, allowed in (("attention_stages", attention_stages, ATTENTION_STAGES), ("pool", pool, POOLS)):
-            if value not in allowed:
-                raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(allowed)}")
+        choose("attention_stages", attention_stages, ATTENTION_STAGES)
+        choose("pool", pool, POOLS)
         if attention_stages == "none" and image_size < REDUCIBLE:
             raise ValueError(
                 f"image size: got {image_size}, allowed with attention_stages=none: at least {REDUCIBLE} px"
@@ -62,7 +62,7 @@ class PVTEncoder(nn.Module):
         self.pvt.set_grad_checkpointing(gradient_checkpointing)
         sides = [-(-image_size // 2 ** (2 + stage)) for stage in range(len(self.pvt.stages))]
         if attention_stages != "none":
-            self._replace_attention(dict(attention), sides, everywhere=attention_stages == "all")
+            self._replace_attention(attention, sides, everywhere=attention_stages == "all")
         width = self.pvt.num_features
         if pool == "spatial_softmax":
             self.keypoints = SpatialSoftmax(width, num_keypoints, (sides[-1], sides[-1]))
@@ -72,14 +72,13 @@ class PVTEncoder(nn.Module):
         self.out_dim = width if out_dim is None else out_dim
 
     def _replace_attention(self, attention, sides, *, everywhere):
-        name = attention.pop("name")
         blocks = [(block, side) for stage, side in zip(self.pvt.stages, sides, strict=True) for block in stage.blocks]
         for layer, (block, side) in enumerate(blocks):
             original = block.attn
             if original.sr is None and not everywhere:
                 continue
             replacement = build_attention(
-                name,
+                **attention,
                 dim=original.dim,
                 num_heads=original.num_heads,
                 num_patches=side * side,
@@ -87,7 +86,6 @@ class PVTEncoder(nn.Module):
                 layer=layer,
                 depth=len(blocks),
                 prefix_tokens=0,
-                **attention,
             )
             # Of what a mechanism has beyond PVT's projections it keeps its own.
             replacement.load_state_dict(replacement.state_dict() | _stacked_projections(original))

@@ -8,7 +8,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import nn
 
-from policy.encoder.vit import ConvStem
+from policy.encoder.timm_vit import ConvStem
 from policy.head.backbone import OnEncoder, kept_tokens
 
 

@@ -87,12 +87,11 @@ class JointSpaceTime(SpaceTime):
 
     def __init__(self, vision, frames, *, attention):
         super().__init__(vision, frames)
-        options = {key: value for key, value in attention.items() if key != "name"}
         rows, columns = vision.grid
         self.layers = nn.ModuleList()
         for layer, block in enumerate(vision.vit.blocks):
             joint = build_attention(
-                attention["name"],
+                **attention,
                 dim=vision.vit.embed_dim,
                 num_heads=block.attn.num_heads,
                 num_patches=frames * rows * columns,
@@ -100,7 +99,6 @@ class JointSpaceTime(SpaceTime):
                 layer=layer,
                 depth=len(vision.vit.blocks),
                 prefix_tokens=vision.prefix_tokens,
-                **options,
             )
             _share_parameters(joint, block.attn)
             self.layers.append(joint)

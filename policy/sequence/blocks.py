@@ -7,7 +7,6 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from policy.attention import ATTENTIONS, build_attention
-from policy.registry import lookup
 from policy.sequence.stepping import step
 
 
@@ -91,16 +90,14 @@ class Blocks(nn.Module):
             raise ValueError(
                 f"dropout, length, depth: got {dropout}, {length}, {depth}, allowed: 0 to below 1, and >= 1 twice"
             )
-        options = dict(attention)
-        name = options.pop("name")
-        if causal and not lookup("attention", name, ATTENTIONS).causal:
-            allowed = sorted(key for key, mechanism in ATTENTIONS.items() if mechanism.causal)
-            raise ValueError(f"attention: got {name!r}, allowed for a decoder: {', '.join(allowed)}")
+        if causal and not ATTENTIONS[attention["name"]].causal:
+            allowed = [name for name in ATTENTIONS if ATTENTIONS[name].causal]
+            raise ValueError(f"attention: got {attention['name']!r}, allowed for a decoder: {', '.join(allowed)}")
         self.causal = causal
         geometry = {"num_patches": length, "grid": (1, length), "prefix_tokens": 0, "depth": depth}
         self.blocks = nn.ModuleList(
             Block(
-                build_attention(name, dim=dim, num_heads=num_heads, layer=layer, **geometry, **options),
+                build_attention(**attention, dim=dim, num_heads=num_heads, layer=layer, **geometry),
                 dim=dim,
                 num_heads=num_heads,
                 mlp_ratio=mlp_ratio,

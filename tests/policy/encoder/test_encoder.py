@@ -1,6 +1,5 @@
 """Vision encoders: the mask is in force whatever timm does, pooling, crops, and the contract of every encoder."""
 
-import builtins
 import warnings
 
 import numpy as np
@@ -15,10 +14,8 @@ from policy.attention import fibottention_mask, shuffle_heads, wythoff_offsets
 from policy.encoder import build_encoder, list_encoders
 from policy.encoder.observation import ObservationEncoder, crop_images
 from policy.encoder.spatial_softmax import SpatialSoftmax
-from policy.encoder.vit import ViTEncoder, parameter_count
-from policy.head.keypoints import BETA, KeypointRegressor
+from policy.encoder.vit import ViTEncoder
 from policy.normalizer import Normalizer
-from policy.torchvision_ops import declare_missing_operators
 
 SMALL = {"arch": "vit_tiny_patch16_224", "patch_size": 8, "dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2}
 FUSED = {"off": (False, False), "on": (True, False), "experimental": (True, True)}
@@ -36,6 +33,13 @@ def vit(*, image_size=32, attention=None, **options):
     torch.manual_seed(0)
     attention = attention or {"name": "fibottention", "variant": "robot"}
     return ViTEncoder(image_size=image_size, attention=attention, **{**SMALL, **options}).eval()
+
+
+def their_vit():
+    """timm's own model of the sizes ``SMALL``, from the seed of ``vit``."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2}
+    return timm.create_model("vit_tiny_patch16_224", **options, num_classes=0, global_pool="avg", fc_norm=False).eval()
 
 
 def reference_vit(encoder, images, *, masked_score):
@@ -117,28 +121,16 @@ def test_a_patch_reaches_attended_tokens_only(fused_attention, fused):
 
 
 def test_softmax_encoder_equals_timm():
-    encoder = vit(attention={"name": "softmax"})
-    torch.manual_seed(0)
-    theirs = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, mlp_ratio=2,
-        num_classes=0, global_pool="avg", fc_norm=False,
-    ).eval()  # fmt: skip
-    images = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(encoder(images), theirs(images))
+    encoder, images = vit(attention={"name": "softmax"}), torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(encoder(images), their_vit()(images))
 
 
 @pytest.mark.parametrize("attention", [{"name": "fibottention"}, {"name": "softmax"}])
 def test_weights_are_carried_over_under_the_names_of_timm(attention):
     """The same seed gives the same initial weights as timm's own model, attention included."""
-    own = vit(attention=attention).vit.state_dict()
-    torch.manual_seed(0)
-    theirs = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, mlp_ratio=2,
-        num_classes=0, global_pool="avg", fc_norm=False,
-    ).state_dict()  # fmt: skip
+    own, theirs = vit(attention=attention).vit.state_dict(), their_vit().state_dict()
     assert list(own) == list(theirs)
-    for name, tensor in theirs.items():
-        assert torch.equal(own[name], tensor), name
+    assert all(torch.equal(own[name], tensor) for name, tensor in theirs.items())
 
 
 def test_every_layer_has_its_own_head_order():
@@ -161,8 +153,8 @@ def test_published_encoder():
     assert whole.grid == (10, 10) and whole.out_dim == 768 and len(whole.vit.blocks) == 12
     # By hand: patches, positions and class token; per block two norms, qkv, proj, mlp; the final norm.
     block = 2 * 2 * 768 + (768 * 2304 + 2304) + (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768)
-    assert parameter_count(whole) == (3 * 64 * 768 + 768) + 101 * 768 + 768 + 12 * block + 2 * 768
-    assert parameter_count(whole) == pytest.approx(85.3e6, rel=0.002)
+    count = sum(parameter.numel() for parameter in whole.parameters())
+    assert count == (3 * 64 * 768 + 768) + 101 * 768 + 768 + 12 * block + 2 * 768 == pytest.approx(85.3e6, rel=0.002)
     encoder = ViTEncoder(image_size=84, attention=attention, drop_remainder=True, depth=2).eval()
     for block in encoder.vit.blocks:
         assert block.attn.mask.shape == (12, 101, 101)
@@ -177,7 +169,7 @@ def test_published_encoder():
 
 
 def test_remainder_must_be_dropped_on_purpose():
-    with pytest.raises(ValueError, match=r"image size: got 84, allowed: a multiple of patch size 8.*last 4 px"):
+    with pytest.raises(ValueError, match="image size"):
         vit(image_size=84)
     assert vit(image_size=84, depth=1, drop_remainder=True).grid == (10, 10)
 
@@ -226,39 +218,35 @@ def test_contract_of_every_encoder(name, options):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, label
 
 
-def test_build_encoder_errors():
-    build = {"image_size": 32, "attention": {"name": "softmax"}}
-    with pytest.raises(ValueError, match=r"encoder: got 'vlt' .did you mean 'vit'.*allowed: pvt_v2, resnet18, vit"):
-        build_encoder("vlt", **build)
-    with pytest.raises(ValueError, match=r"'vit' options: got depht, allowed: arch, depth,"):
-        build_encoder("vit", **build, depht=3)
-    with pytest.raises(ValueError, match=r"'resnet18' options: got patch_size, allowed: num_keypoints, out_dim"):
-        build_encoder("resnet18", **build, patch_size=8)
-    with pytest.raises(ValueError, match=r"image size: got 32, allowed: at least 33"):
-        build_encoder("resnet18", image_size=32, attention=None)
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "key"),
     [
-        ({"stem": "linear"}, "stem: got 'linear', allowed: patch, conv"),
-        ({"pool": "max"}, "pool: got 'max', allowed: mean, cls, spatial_softmax"),
-        ({"patch_size": 33}, "patch_size: got 33, allowed: 1 to the image size 32"),
-        ({"patch_size": 2, "stem": "conv"}, "patch_size of the convolution stem: got 2, allowed: 4, 8, 16"),
-        ({"arch": "resnet50"}, "arch: got 'resnet50', allowed: a plain timm ViT"),
-        ({"arch": "vit_gigantic"}, "arch: got 'vit_gigantic', allowed: a plain timm ViT"),
-        ({"arch": "vit_tiny_r_s16_p8_224"}, "arch: .*allowed: a plain timm ViT"),  # convolutions before the patches
-        ({"arch": "vit_small_patch16_dinov3"}, "arch: .*allowed: a plain timm ViT"),  # rotary positions
-        ({"arch": "vit_small_patch16_18x2_224"}, "arch: .*allowed: a timm ViT whose attention is plain"),
-        ({"arch": "vit_medium_patch16_gap_256"}, "arch: .*allowed: a timm ViT whose attention is plain"),  # no bias
-        ({"arch": "vit_medium_patch16_reg1_gap_256", "pool": "cls"}, "pool: got 'cls', allowed: mean, spatial_softmax"),
-        ({"pool": "spatial_softmax", "patch_size": 32}, "spatial softmax: got a 1x1 grid, allowed: at least 2 cells"),
-        ({"attention": {"name": "dense"}}, "attention: got 'dense', allowed: .*softmax"),
+        ("vlt", {}, "encoder"),
+        ("vit", {"depht": 3}, "depht"),
+        ("resnet18", {"patch_size": 8}, "patch_size"),
+        ("resnet18", {}, "image size"),
+        ("vit", {"stem": "linear"}, "stem"),
+        ("vit", {"pool": "max"}, "pool"),
+        ("vit", {"patch_size": 33}, "patch_size"),
+        ("vit", {"patch_size": 2, "stem": "conv"}, "patch_size"),
+        ("vit", {"stem": "conv", "pretrained": True}, "pretrained"),
+        ("vit", {"dim": 25}, "num_heads"),
+        ("vit", {"arch": "resnet50"}, "arch"),
+        ("vit", {"arch": "vit_gigantic"}, "arch"),
+        ("vit", {"arch": "vit_tiny_r_s16_p8_224"}, "arch"),  # convolutions before the patches
+        ("vit", {"arch": "vit_small_patch16_dinov3"}, "arch"),  # rotary positions
+        ("vit", {"arch": "vit_small_patch16_18x2_224"}, "arch"),
+        ("vit", {"arch": "vit_medium_patch16_gap_256"}, "arch"),  # no bias
+        ("vit", {"arch": "vit_medium_patch16_reg1_gap_256", "pool": "cls"}, "pool"),  # no class token
+        ("vit", {"pool": "spatial_softmax", "patch_size": 32}, "spatial softmax"),  # one cell
+        ("vit", {"attention": {"name": "dense"}}, "attention"),
     ],
 )
-def test_vit_errors(options, message):
-    with pytest.raises(ValueError, match=message):
-        vit(**options)
+def test_encoders_that_cannot_be(name, options, key):
+    sizes = SMALL if name == "vit" else {}
+    options = {"attention": {"name": "softmax"}, **sizes, **options}
+    with pytest.raises(ValueError, match=key):
+        build_encoder(name, image_size=32, **options)
 
 
 def test_sizes_of_the_vit():
@@ -300,15 +288,6 @@ def test_drop_path_acts_in_training_only():
     dropping.train()
     torch.manual_seed(0)
     assert (dropping(images) - plain(images)).abs().max() > 1e-3
-
-
-def test_pretrained_is_handed_to_timm(monkeypatch):
-    asked = []
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *a, pretrained, **k: asked.append(pretrained) or create(*a, **k))
-    vit(pretrained=True, depth=1)
-    vit(depth=1)
-    assert asked == [True, False]
 
 
 def test_conv_stem_is_four_small_convolutions():
@@ -411,16 +390,9 @@ def test_images_as_uint8_or_float_and_features():
     assert torch.equal(encoder(features), out)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"crop": 13}, "crop: got 13 px, allowed: 1 to 12, the size of 'a'"),
-        ({"crop": 0}, "crop: got 0 px"),
-        ({"crop": None, "size": (12, 16)}, "'a': got 12x16 px without a crop, allowed: square images or a crop"),
-    ],
-)
-def test_crop_errors(options, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("options", [{"crop": 13}, {"crop": 0}, {"crop": None, "size": (12, 16)}], ids=str)
+def test_crops_that_cannot_be(options):
+    with pytest.raises(ValueError, match="crop"):
         observation_encoder(**options)
 
 
@@ -430,93 +402,3 @@ def test_whole_image_without_a_crop():
     same = observation_encoder(crop=12)
     assert torch.equal(same.encode_images(obs, torch.full((5, 2), 0.9)), whole)
     torch.testing.assert_close(whole[:, :24], encoder.encoders["a"](obs["a"].float() / 127.5 - 1))
-
-
-# Keypoint regression ---------------------------------------------------------------------------------------------
-
-
-def keypoint_model(**changes):
-    torch.manual_seed(0)
-    options = {
-        "shape_meta": {"obs": observation_meta(), "keypoint": {"shape": [6]}},
-        "crop": None,
-        "encoder": {"name": "vit", **SMALL, "depth": 1, "patch_size": 4, "out_dim": 6},
-        "attention": {"name": "fibottention"},
-        "px_per_unit": 256,
-    }
-    return KeypointRegressor(**{**options, **changes}).eval()
-
-
-def observation_meta():
-    return {"image": {"type": "rgb", "shape": [3, 12, 12]}, "agent_pos": {"type": "low_dim", "shape": [2]}}
-
-
-def test_keypoint_loss_by_hand():
-    model = keypoint_model()
-    batch = {
-        "obs": {"image": torch.randint(0, 256, (4, 3, 12, 12), dtype=torch.uint8)},
-        "keypoint": torch.rand(4, 6) * 2 - 1,
-    }
-    batch["keypoint"][0] = model.encoder(batch["obs"])[0].detach() + 0.5 * BETA  # inside the quadratic part
-    losses = model(batch, model.randomness(4, None))
-    off = (model.encoder(batch["obs"]) - batch["keypoint"]).detach().double().numpy()
-    smooth = np.where(abs(off) < BETA, off**2 / (2 * BETA), abs(off) - BETA / 2)
-    assert losses["loss"].item() == pytest.approx(smooth.mean(), rel=1e-5)
-    distance = np.sqrt((off.reshape(4, 3, 2) ** 2).sum(axis=2)).mean()
-    assert losses["px"].item() == pytest.approx(256 * distance, rel=1e-5) and not losses["px"].requires_grad
-
-
-def test_keypoint_loss_of_two_cameras_in_space():
-    """Each camera reads all targets; distances are between points of three coordinates, in mm, also per camera."""
-    cameras = {key: {"type": "rgb", "shape": [3, 12, 12]} for key in ("front", "wrist")}
-    model = keypoint_model(shape_meta={"obs": cameras, "keypoint": {"shape": [6]}}, px_per_unit=None, mm_per_unit=250)
-    images = {key: torch.randint(0, 256, (4, 3, 12, 12), dtype=torch.uint8) for key in cameras}
-    target = torch.rand(4, 6) * 2 - 1
-    losses = model({"obs": images, "keypoint": target}, {})
-    mm, smooth = [], []
-    for key in cameras:
-        read = model.encoder.encoders[key](images[key].float() / 127.5 - 1)
-        off = (read - target).detach().double().numpy()
-        smooth.append(np.where(abs(off) < BETA, off**2 / (2 * BETA), abs(off) - BETA / 2).mean())
-        mm.append(250 * np.sqrt((off.reshape(4, 2, 3) ** 2).sum(axis=2)).mean())
-        assert losses[f"mm_{key}"].item() == pytest.approx(mm[-1], rel=1e-5)
-    assert losses["loss"].item() == pytest.approx(np.mean(smooth), rel=1e-5)
-    assert losses["mm"].item() == pytest.approx(np.mean(mm), rel=1e-5)
-
-
-def test_keypoint_errors():
-    with pytest.raises(ValueError, match="crop: got 8, allowed: null"):
-        keypoint_model(crop=8)
-    with pytest.raises(ValueError, match="encoder.out_dim: got {'image': 5}, allowed: 6, the number of targets"):
-        keypoint_model(encoder={"name": "vit", **SMALL, "depth": 1, "patch_size": 4, "out_dim": 5})
-    for both in ({}, {"px_per_unit": 1, "mm_per_unit": 1}):
-        with pytest.raises(ValueError, match="px_per_unit, mm_per_unit: got .*, allowed: exactly one"):
-            keypoint_model(**{"px_per_unit": None, **both})
-    with pytest.raises(ValueError, match="keypoint: got 5 targets, allowed: a multiple of 2"):
-        keypoint_model(
-            shape_meta={"obs": observation_meta(), "keypoint": {"shape": [5]}},
-            encoder={"name": "vit", **SMALL, "depth": 1, "patch_size": 4, "out_dim": 5},
-        )
-
-
-# The torchvision beside a CPU-only torch ---------------------------------------------------------------------------
-
-
-def test_declaring_torchvision_operators(monkeypatch):
-    """Nothing to do where torchvision loads or is absent; an error of another kind is not swallowed."""
-    assert declare_missing_operators() is None
-    real = builtins.__import__
-
-    def failing(error):
-        def load(name, *args, **kwargs):
-            if name == "torchvision":
-                raise error
-            return real(name, *args, **kwargs)
-
-        return load
-
-    monkeypatch.setattr(builtins, "__import__", failing(ImportError("no torchvision")))
-    assert declare_missing_operators() is None
-    monkeypatch.setattr(builtins, "__import__", failing(RuntimeError("something else")))
-    with pytest.raises(RuntimeError, match="something else"):
-        declare_missing_operators()

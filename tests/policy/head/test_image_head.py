@@ -1,12 +1,12 @@
 """Image classifiers: heads, mixing, dropped tokens, and an encoder's way between a policy and a classifier."""
 
 import copy
-import re
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from heads import head_config, on_resnet
 from timm.data.mixup import Mixup, mixup_target
 
 from policy.attention import build_attention
@@ -20,15 +20,8 @@ from policy.head.mixing import draw_mixing, mix_images, soft_targets
 SIZE = 12
 
 
-def config(*, image_size=SIZE, encoder=None, attention=None, **model):
-    image = {"type": "rgb", "shape": [3, image_size, image_size]}
-    return {
-        "task": {"shape_meta": {"obs": {"image": image}}},
-        "crop": None,
-        "encoder": {**tiny.VIT, "depth": 2, **(encoder or {})},
-        "attention": attention or {"name": "fibottention", "variant": "robot"},
-        "model": {"name": "image_classifier", "num_classes": 3, **model},
-    }
+def config(*, image_size=SIZE, **options):
+    return head_config("image_classifier", size=image_size, **{"num_classes": 3, **options})
 
 
 def classifier(**options):
@@ -108,39 +101,32 @@ def test_options_change_training_but_only_features_change_evaluation(change):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "key"),
     [
-        ({"features": "max"}, "model.features: got 'max', allowed: output, mean, cls"),
-        ({"num_classes": 1}, "num_classes: got 1"),
+        ({"features": "max"}, "features"),
+        ({"num_classes": 1}, "num_classes"),
         ({"mask_ratio": 1.0}, "mask_ratio"),
         ({"label_smoothing": -0.1}, "label_smoothing"),
         ({"mixup": -1}, "mixup"),
-        ({"hidden": 0}, "model.hidden: got 0"),
-        ({"encoder": {"name": "resnet18"}, "features": "mean"}, "no ViT"),
+        ({"hidden": 0}, "hidden"),
     ],
     ids=str,
 )
-def test_wrong_options(change, message):
-    if "encoder" in change:
-        change = {**change, "image_size": 40}
-        wrong = config(**change)
-        wrong["encoder"] = {"name": "resnet18"}
-    else:
-        wrong = config(**change)
-    with pytest.raises(ValueError, match=message):
-        build_model(wrong)
+def test_classifiers_that_cannot_be(change, key):
+    with pytest.raises(ValueError, match=key):
+        build_model(config(**change))
+
+
+def test_an_encoder_without_tokens_gives_no_choice_of_them():
+    with pytest.raises(ValueError, match="features"):
+        build_model(on_resnet(config(features="mean")))
 
 
 def test_layers_of_parameters():
-    model = classifier()
-    layers = {name: model.layer_of(name) for name, _ in model.named_parameters()}
-    assert (
-        layers["encoder.encoders.image.vit.pos_embed"]
-        == layers["encoder.encoders.image.vit.patch_embed.proj.bias"]
-        == 0
-    )
-    assert layers["encoder.encoders.image.vit.blocks.1.attn.qkv.weight"] == 2
-    assert layers["encoder.encoders.image.vit.norm.weight"] == layers["head.weight"] == model.num_layers == 3
+    model, vit = classifier(), "encoder.encoders.image.vit."
+    expected = {f"{vit}pos_embed": 0, f"{vit}patch_embed.proj.bias": 0, f"{vit}blocks.1.attn.qkv.weight": 2}
+    expected |= {f"{vit}norm.weight": 3, "head.weight": 3}
+    assert model.num_layers == 3 and {name: model.layer_of(name) for name in expected} == expected
 
 
 # Mixing ----------------------------------------------------------------------------------------------------------
@@ -246,7 +232,7 @@ def test_mask_ratio_drops_tokens():
 
 def test_spatial_softmax_needs_the_whole_grid():
     model = classifier(mask_ratio=0.4, encoder={"pool": "spatial_softmax"}).train()
-    with pytest.raises(ValueError, match="kept: got some of the tokens"):
+    with pytest.raises(ValueError, match="kept"):
         model(batch(), model.randomness(6, generator()))
 
 
@@ -256,7 +242,7 @@ def test_spatial_softmax_needs_the_whole_grid():
 def test_position_codes_follow_the_grid():
     small, large = classifier().vision, classifier(image_size=24).vision
     tensors, notes = adapt_weights(large, small.state_dict())
-    assert notes == ["position codes interpolated from 3x3 to 6x6 patches"]
+    assert len(notes) == 1 and "3x3" in notes[0] and "6x6" in notes[0]
     load_weights(large, tensors, "here")
     grid = small.vit.pos_embed[:, 1:].reshape(1, 3, 3, -1).permute(0, 3, 1, 2)
     expected = F.interpolate(grid, (6, 6), mode="bicubic", antialias=True).permute(0, 2, 3, 1).reshape(1, 36, -1)
@@ -268,7 +254,7 @@ def test_position_codes_follow_the_grid():
 def test_patch_filters_follow_the_patch_size():
     small, large = classifier().vision, classifier(image_size=24, encoder={"patch_size": 8}).vision
     tensors, notes = adapt_weights(large, small.state_dict())
-    assert notes == ["patch filters resampled from 4 to 8 px"]
+    assert len(notes) == 1 and "8 px" in notes[0]
     load_weights(large, tensors, "here")
     images = batch()["image"]
     enlarged = F.interpolate(images, scale_factor=2, mode="bicubic")
@@ -276,13 +262,11 @@ def test_patch_filters_follow_the_patch_size():
     assert F.cosine_similarity(original.flatten(1), resampled.flatten(1)).min() > 0.97
 
 
-@pytest.mark.parametrize(
-    ("change", "key"), [({"dim": 24}, "readout.weight: got (5, 16)"), ({"depth": 3}, "vit.blocks.2")]
-)
+@pytest.mark.parametrize(("change", "key"), [({"dim": 24}, "readout.weight"), ({"depth": 3}, "vit.blocks.2")])
 def test_other_widths_and_depths_are_refused(change, key):
     source, target = classifier().vision, classifier(encoder=change).vision
     tensors, notes = adapt_weights(target, source.state_dict())
     before = copy.deepcopy(target.state_dict())
-    with pytest.raises(ValueError, match=re.escape(key)):
+    with pytest.raises(ValueError, match=key):
         load_weights(target, tensors, "here")
     assert notes == [] and all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
