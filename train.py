@@ -93,7 +93,7 @@ def main(config):
 def cli(arguments):
     """The command line."""
     folder = config_dir(arguments)
-    if folder is None and {"--help", "-h"} & set(arguments):
+    if {"--help", "-h"} & set(arguments):
         print(usage(__doc__))
         return
     check_flags(arguments)

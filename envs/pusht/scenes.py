@@ -1,7 +1,7 @@
 """Push-T pictures from known states: random scenes to learn to see, and the images of recorded episodes.
 
 ``ensure_images`` keeps an image copy of a data set that stores states and actions only; ``ensure_scenes`` makes
-independent random scenes for ``python -m policy.pretrain``.
+independent random scenes for pre-training (--config-name=pretrain).
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pictures of robosuite tasks with the truth behind them, to pre-train an encoder (python -m policy.pretrain).
+"""Pictures of robosuite tasks with the truth behind them, to pre-train an encoder (--config-name=pretrain).
 
 The scenes are moments of expert episodes, half of them disturbed, that no demonstration set shares.
 """

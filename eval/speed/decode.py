@@ -16,7 +16,7 @@ from policy.dataset.image.dataset import ImageDataset
 from policy.dataset.image.sources import open_images
 from policy.dataset.video.dataset import VideoDataset
 
-SHIFTS = {"crop": "pad", "flip": 0.5}  # as config/image/preset/cpu.yaml
+SHIFTS = {"crop": "pad", "flip": 0.5}  # as preset image_fast
 RECIPE = {"crop": "resized", "flip": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1", "erase": 0.25}  # as paper.yaml
 CLASSES, IMAGES, VIDEOS = 2, 256, 8
 FRAMES = 240  # of a video, 640 x 480 px H.264, 30 a second
