@@ -118,12 +118,14 @@ def test_missing_libraries_of_opencv_are_named(tmp_path):
         assert "libGL.so.1" in last and "apt-get install libgl1 libglib2.0-0" in last
 
 
-def test_keypoints_are_the_corners_of_gym_pusht_and_the_agent(env):
+def test_states_are_restored_and_keypoints_are_the_corners_of_gym_pusht_and_the_agent(env):
     states = moved_states(env)
     ours = keypoints(states)
     assert ours.shape == (len(states), 9, 2)
+    np.testing.assert_array_equal(keypoints(states.reshape(3, 4, 5)), ours.reshape(3, 4, 9, 2))
     for state, points in zip(states, ours, strict=True):
         env.reset_to(state)
+        np.testing.assert_allclose(env.state, state, rtol=0, atol=1e-9)
         theirs = env._env.get_keypoints(env._env._block_shapes)  # the order of its corners is pymunk's
         distance = np.linalg.norm(points[:8, None] - theirs[None], axis=-1)  # (8, 8)
         assert distance.min(axis=0).max() < 1e-6 and distance.min(axis=1).max() < 1e-6
@@ -132,19 +134,6 @@ def test_keypoints_are_the_corners_of_gym_pusht_and_the_agent(env):
         local = [env._env.block.world_to_local(tuple(point)) for point in points[:8]]
         bar, stem = [(-60, 30), (60, 30), (60, 0), (-60, 0)], [(-15, 30), (-15, 120), (15, 120), (15, 30)]
         np.testing.assert_allclose(local, bar + stem, rtol=0, atol=1e-6)
-
-
-def test_keypoints_take_any_leading_shape():
-    states = np.random.default_rng(0).uniform(0, 500, (3, 4, 5))
-    together = keypoints(states)
-    assert together.shape == (3, 4, 9, 2)
-    np.testing.assert_allclose(together[2, 1], keypoints(states[2, 1]), rtol=0, atol=1e-9)
-
-
-def test_reset_to_restores_every_state_exactly(env):
-    for state in moved_states(env):
-        env.reset_to(state)
-        np.testing.assert_allclose(env.state, state, rtol=0, atol=1e-9)
 
 
 def test_reset_to_forgets_the_past(env):
@@ -172,14 +161,14 @@ def test_reset_to_forgets_the_past(env):
 def test_wrong_actions_are_named_and_change_nothing(env, action):
     env.reset(0)
     before = env.state
-    with pytest.raises(ValueError, match="action: got shape .*allowed: 2 finite numbers in px"):
+    with pytest.raises(ValueError, match="action"):
         env.step(np.array(action, dtype=float))
     np.testing.assert_array_equal(env.state, before)
 
 
 @pytest.mark.parametrize("state", [[1, 2, 3, 4], [1, 2, 3, 4, np.nan]])
 def test_wrong_states_are_named(env, state):
-    with pytest.raises(ValueError, match="state: got shape .*allowed: 5 finite numbers"):
+    with pytest.raises(ValueError, match="state"):
         env.reset_to(state)
 
 
@@ -201,7 +190,7 @@ def test_an_episode_ends_on_success_or_after_max_steps():
     env.reset_to(goal)
     reward, done, info = env.step([100, 100])
     assert (reward, done, info["success"]) == (1.0, True, True) and info["coverage"] > 0.95
-    with pytest.raises(ValueError, match="max_steps: got 0, allowed: >= 1"):
+    with pytest.raises(ValueError, match="max_steps"):
         PushT(max_steps=0)
 
 
@@ -288,12 +277,7 @@ def states():
 def rendered_here(monkeypatch):
     """Draw in this process, which starts much faster; the list counts the calls."""
     calls = []
-
-    def in_this_process(draw, jobs):
-        calls.append(len(jobs))
-        return map(draw, jobs)
-
-    monkeypatch.setattr(rendered_zarr, "in_processes", in_this_process)
+    monkeypatch.setattr(rendered_zarr, "in_processes", lambda draw, jobs: (calls.append(len(jobs)), map(draw, jobs))[1])
     return calls
 
 
@@ -325,42 +309,37 @@ def test_a_data_set_with_images_is_returned_as_it_is(tmp_path, states, rendered_
     assert rendered_here == [] and not (tmp_path / "cache").exists()
 
 
+def unlink(name):
+    return lambda path: (path / name).unlink()
+
+
+def overwrite(name, content):
+    return lambda path: (path / name).write_bytes(content)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("change", "message"),
     [
-        ({"data/state": None}, "got neither data/img to see nor data/state to render, allowed: "),
-        ({"data/action": None}, "got neither data/img to see nor data/state to render"),
-        ({"meta/episode_ends": None}, "got neither data/img to see nor data/state to render"),
-        ({"data/state": np.ones((7, 4))}, r"data/state: got shape \(7, 4\) or NaN, allowed: \(F, 5\) finite"),
-        ({"data/state": np.full((7, 5), np.nan)}, "data/state: got shape .* or NaN, allowed: .* finite"),
-        ({"data/action": np.ones((6, 2))}, "got 7 states, 6 actions and episodes that end at 7, allowed: as many"),
-        ({"meta/episode_ends": [4, 8]}, "got 7 states, 7 actions and episodes that end at 8, allowed: as many"),
+        ({"data/state": None}, "data/state"),
+        ({"data/action": None}, "data/action"),
+        ({"meta/episode_ends": None}, "meta/episode_ends"),
+        ({"data/state": np.ones((7, 4))}, r"data/state.* \(7, 4\)"),
+        ({"data/state": np.full((7, 5), np.nan)}, "data/state.* NaN"),
+        ({"data/action": np.ones((6, 2))}, "got 7 states, 6 actions"),
+        ({"meta/episode_ends": [4, 8]}, "end at 8"),
+        (unlink("data/state/0.0"), "data/state: got 0 of 1 chunks"),
+        (overwrite("data/action/0.0", b"x"), "data/action: got a chunk"),
+        (overwrite(".zgroup", b"{"), "not a readable zarr"),
     ],
 )
-def test_what_cannot_be_rendered_is_named(tmp_path, states, rendered_here, changes, message):
-    source = state_only(tmp_path / "demos.zarr", states, **changes)
-    with pytest.raises(ValueError, match=f"demos.zarr: {message}"):
+def test_what_cannot_be_rendered_is_named(tmp_path, states, rendered_here, change, message):
+    source = state_only(tmp_path / "demos.zarr", states, **(change if isinstance(change, dict) else {}))
+    if callable(change):
+        change(source)
+    with pytest.raises(ValueError, match=f"demos.zarr: .*{message}"):
         ensure_images(source, cache_dir=tmp_path / "cache")
     assert rendered_here == [] and not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: (path / "data/state/0.0").unlink(), "data/state: got 0 of 1 chunks, allowed: all"),
-        (lambda path: (path / "data/action/0.0").write_bytes(b"x"), "data/action: got a chunk that cannot be decoded"),
-        (lambda path: (path / ".zgroup").write_bytes(b"{"), "got something that is not a readable zarr group"),
-    ],
-)
-def test_damage_is_named(tmp_path, states, damage, message):
-    source = state_only(tmp_path / "demos.zarr", states)
-    damage(source)
-    with pytest.raises(ValueError, match=f"demos.zarr: {message}"):
-        ensure_images(source, cache_dir=tmp_path / "cache")
-
-
-def test_a_missing_source_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="data set: got .*nowhere.zarr, which does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere.zarr"):
         ensure_images(tmp_path / "nowhere.zarr", cache_dir=tmp_path)
 
 
@@ -387,5 +366,5 @@ def test_random_scenes_hold_pictures_and_their_keypoints(tmp_path, rendered_here
     np.testing.assert_array_equal(root["data/keypoint"][:], scene_targets(states), strict=True)
     assert ensure_scenes(cache_dir=tmp_path, frames=5, seed=2) == path and len(rendered_here) == 1
     assert ensure_scenes(cache_dir=tmp_path, frames=5, seed=3) != path
-    with pytest.raises(ValueError, match="frames: got 0, allowed: >= 1"):
+    with pytest.raises(ValueError, match="frames"):
         ensure_scenes(cache_dir=tmp_path, frames=0)

@@ -1,7 +1,6 @@
 """Environments in worker processes: the same results as in this one, also when workers die, and none is left over."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -109,7 +108,7 @@ def test_states_travel(policy):
         assert reports[0].states is None
         reports = slots.run({0: ("execute", np.zeros((2, 2))), 1: ("execute", np.zeros((2, 2)))})
         assert reports[0].states[:, :2].tolist() == [[5, 0], [5, 1], [5, 2]] and reports[1].states is None
-    with pytest.raises(ValueError, match="states: got FakeEnv, allowed"):
+    with pytest.raises(ValueError, match="states"):
         rollout(policy, fake(), workers=1, num_envs=1, states=True, **RUN)
 
 
@@ -173,8 +172,7 @@ def test_episodes_of_a_dead_worker_start_again(policy, expected, log, capfd, kin
     lost = sorted(seed for seed in set(lost) if lost.count(seed) == 2)
     assert 104 in lost and len(lost) >= 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "died" in line]
-    message = rf"environment worker 0 died \({cause}\); {len(lost)} episodes start again in a new one"
-    assert re.search(message, line)
+    assert f"worker 0 died ({cause}); {len(lost)} episodes" in line
     assert len({pid for pid, *_ in events(log)}) == 3 and none_left(log)
 
 
@@ -206,7 +204,7 @@ def test_the_third_death_is_an_error(policy, expected, log):
     env = fake(log=log, trouble=trouble("die", 101, 2), times=2)
     assert rollout(policy, env, workers=1, num_envs=3, **RUN)[0] == expected[0]
     log.unlink()
-    with pytest.raises(ChildProcessError, match=r"worker 0 died \(SIGKILL\): got 3 deaths in one rollout, allowed: 2;"):
+    with pytest.raises(ChildProcessError, match="SIGKILL.*3 deaths"):
         rollout(policy, {**env, "times": 3}, workers=1, num_envs=3, **RUN)
     assert none_left(log)
 
@@ -315,7 +313,7 @@ def test_workers_that_do_not_close_in_time_are_killed(log, monkeypatch):
 def test_environments_from_anywhere():
     assert make_env("fake_env:FakeEnv", length=5).length == 5
     for name in ("os:system", "fake_env:Nothing", "fake_env:", "fake_env:FakeEnv:x"):
-        with pytest.raises(ValueError, match=f"task.env.name: got '{name}', allowed: a class with reset, observe,"):
+        with pytest.raises(ValueError, match=f"task.env.name: got '{name}'"):
             make_env(name, command="false")
-    with pytest.raises(ValueError, match="task.env.name: got 'fake', allowed: pusht.* or module:attribute"):
+    with pytest.raises(ValueError, match="task.env.name.*module:attribute"):
         make_env("fake")
