@@ -320,23 +320,21 @@ def test_small_sets_are_decoded_once(folder, monkeypatch):
         np.testing.assert_array_equal(source.image(index), expected)
 
 
-@pytest.mark.parametrize("reason", ["too large", "several sizes"])
+@pytest.mark.parametrize("reason", ["too large", "several sizes", "broken"])
 def test_other_sets_are_decoded_at_each_access(folder, monkeypatch, reason):
     monkeypatch.setattr(image_sources, "BLOCK_IMAGES", 2)
     if reason == "too large":
         monkeypatch.setattr(image_sources, "DECODED_BYTES", 6 * 8 * 8 * 3 - 1)
     else:
-        (folder / "train" / "dog" / "1.png").write_bytes(encoded(picture(0, (8, 9))))
+        content = encoded(picture(0, (8, 9))) if reason == "several sizes" else b""
+        (folder / "train" / "dog" / "1.png").write_bytes(content)
     source = open_images(folder, "train")
+    if reason == "broken":
+        with pytest.raises(ValueError, match="dog/1.png"):
+            source.decode_once()
+        return
     source.decode_once()
-    assert source.pixels is None
-    assert len(ImageDataset(source, image_size=8).batch(np.arange(6))["label"]) == 6
-
-
-def test_decoding_reports_the_image_that_fails(folder):
-    (folder / "train" / "dog" / "1.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="dog/1.png"):
-        ImageDataset(open_images(folder, "train"), image_size=8)
+    assert source.pixels is None and len(ImageDataset(source, image_size=8).batch(np.arange(6))["label"]) == 6
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -475,11 +473,9 @@ def test_resized_crops_have_the_asked_area(scale):
     widths = (crops[:, :, -1, 0] - crops[:, :, 0, 0]).mean(1) * 50 / 49
     heights = (crops[:, -1, :, 1] - crops[:, 0, :, 1]).mean(1) * 50 / 49
     shares = widths * heights / 200**2
-    assert scale[0] - 0.02 < shares.min() and shares.max() < scale[1] + 0.02
+    assert scale[0] - 0.02 < shares.min() < scale[0] + 0.12 and scale[1] - 0.2 < shares.max() < scale[1] + 0.02
     assert np.ptp(widths / heights) > 0.3
     assert len({(crop[0, 0, 0], crop[0, 0, 1]) for crop in crops}) > 50  # anywhere
-    if scale == (0.08, 1.0):
-        assert shares.min() < 0.2 and shares.max() > 0.8
 
 
 @pytest.mark.parametrize("pad", [0, 2])
@@ -490,12 +486,8 @@ def test_padded_crops_are_shifts_over_mirrored_edges(pad):
     views = {mirrored[y : y + 12, x : x + 12].tobytes() for y in shifts for x in shifts}
     seen = {crop.tobytes() for crop in augmented(pixels, 12, 300, crop="pad", pad=pad)}
     assert seen == views
-
-
-def test_padded_crops_come_after_the_resize():
-    pixels = picture(0, (40, 20))
-    scaled = np.asarray(Image.fromarray(pixels).resize((20, 10), Image.Resampling.BICUBIC))
-    for crop in augmented(pixels, 10, 20, crop="pad", pad=0):
+    scaled = np.asarray(Image.fromarray(large := picture(0, (40, 20))).resize((20, 10), Image.Resampling.BICUBIC))
+    for crop in augmented(large, 10, 20, crop="pad", pad=0):  # after the resize
         assert any((crop == scaled[:, x : x + 10]).all() for x in range(11))
 
 
@@ -546,8 +538,7 @@ def test_erasing_puts_noise_into_a_box():
         changed = (result != 200).any(-1)
         rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
         box = result[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        assert changed.sum() > 0.95 * box[..., 0].size
-        assert box.std() > 50
+        assert changed.sum() > 0.95 * box[..., 0].size and box.std() > 50
         shares.append(box[..., 0].size / 64**2)
     assert 0.015 < min(shares) < 0.1 and 0.25 < max(shares) < 0.36
     erased = [(result != 200).any() for result in augmented(pixels, 64, 400, erase=0.25)]

@@ -20,7 +20,7 @@ from policy.dataset.replay_buffer import ReplayBuffer
 from policy.dataset.robomimic import conversion as robomimic
 from policy.dataset.robomimic.__main__ import main
 from policy.dataset.robomimic.conversion import convert, ensure_zarr
-from policy.dataset.robomimic.rotation import matrix_to_6d, matrix_to_rotvec, rotvec_to_matrix
+from policy.dataset.robomimic.rotation import matrix_to_6d, rotvec_to_matrix
 from policy.files import digest
 
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
@@ -208,46 +208,48 @@ def joined(position, rotation, gripper):
     return np.concatenate([position, matrix_to_6d(rotation), gripper], axis=1)
 
 
-def expected_deltas(source, *, rotation, scale=(0.05, 0.5), base=None, arm=0):
+def sites(source, arm=0):
+    """Rotations of the grip site, as the file has them."""
+    return quat_rotation(read(source, f"obs/robot{arm}_eef_quat_site"))
+
+
+def expected_deltas(source, *, rotation=None, scale=(0.05, 0.5), base=None, arm=0):
     actions = read(source, "actions")[:, 7 * arm : 7 * arm + 7]
     base = np.eye(3) if base is None else base
     position = read(source, f"obs/robot{arm}_eef_pos") + scale[0] * actions[:, :3] @ base.T
     turn = rotvec_to_matrix(scale[1] * actions[:, 3:6] @ base.T)  # the axis seen from the world
-    return joined(position, turn @ rotation, actions[:, 6:])
+    return joined(position, turn @ (sites(source, arm) if rotation is None else rotation), actions[:, 6:])
 
 
-def test_deltas_in_the_world_frame(tmp_path):
-    """The rotation of the grip site where the file has it, whatever the hand's."""
-    actions, source = converted(tmp_path)
-    site = quat_rotation(read(source, "obs/robot0_eef_quat_site"))
-    np.testing.assert_allclose(actions, expected_deltas(source, rotation=site), atol=1e-6)
-
-
-@pytest.mark.parametrize("controller", [new(), OLD, [OLD]], ids=["new", "old", "list"])
-def test_the_site_is_found_from_the_hand_and_the_model(tmp_path, controller):
-    actions, source = converted(tmp_path, edit=without("obs/robot0_eef_quat_site"), controller=controller)
-    site = quat_rotation(read(source, "obs/robot0_eef_quat")) @ HAND_TO_SITE
-    np.testing.assert_allclose(actions, expected_deltas(source, rotation=site), atol=1e-6)
-
-
-@pytest.mark.parametrize("controller", [new(input_ref_frame="base"), {"type": "BASIC", "body_parts": {"arms": {}}}])
-def test_deltas_in_the_frame_of_the_base(tmp_path, controller):
-    """1.5's default frame."""
-    controller["body_parts"].setdefault("arms", {})["right"] = {"type": "OSC_POSE"}
-    actions, source = converted(tmp_path, controller=controller)
-    site = quat_rotation(read(source, "obs/robot0_eef_quat_site"))
-    np.testing.assert_allclose(actions, expected_deltas(source, rotation=site, base=BASE), atol=1e-6)
+@pytest.mark.parametrize(
+    ("controller", "base"),
+    [
+        (new(), None),
+        (OLD, None),
+        ([OLD], None),
+        (new(input_ref_frame="base"), BASE),
+        ({"type": "BASIC", "body_parts": {"right": {"type": "OSC_POSE"}}}, BASE),  # 1.5's default frame
+        ({"type": "BASIC", "body_parts": {"arms": {"right": {"type": "OSC_POSE"}}}}, BASE),
+    ],
+    ids=["new", "old", "list", "base", "default", "arms"],
+)
+@pytest.mark.parametrize("has_site", [True, False])
+def test_deltas(tmp_path, controller, base, has_site):
+    """The site's rotation counts where the file has it, whatever the hand's; else hand and model tell it."""
+    edit = None if has_site else without("obs/robot0_eef_quat_site")
+    actions, source = converted(tmp_path, edit=edit, controller=controller)
+    rotation = None if has_site else quat_rotation(read(source, "obs/robot0_eef_quat")) @ HAND_TO_SITE
+    np.testing.assert_allclose(actions, expected_deltas(source, rotation=rotation, base=base), atol=1e-6)
 
 
 def test_the_ranges_of_the_controller_count(tmp_path):
     """Lists and numbers, asymmetric ones too: an action of 0 is then not a delta of 0."""
     ranges = {"input_min": [-2] * 6, "input_max": 2, "output_min": [-0.1, 0, 0, -1, 0, 0], "output_max": 0.5}
     actions, source = converted(tmp_path, controller=new(**ranges))
-    recorded, position = read(source, "actions"), read(source, "obs/robot0_eef_pos")
-    low = np.array(ranges["output_min"])
+    recorded, low = read(source, "actions"), np.array(ranges["output_min"])
     deltas = low + (recorded[:, :6] + 2) / 4 * (0.5 - low)
-    site = quat_rotation(read(source, "obs/robot0_eef_quat_site"))
-    expected = joined(position + deltas[:, :3], rotvec_to_matrix(deltas[:, 3:]) @ site, recorded[:, 6:])
+    position = read(source, "obs/robot0_eef_pos") + deltas[:, :3]
+    expected = joined(position, rotvec_to_matrix(deltas[:, 3:]) @ sites(source), recorded[:, 6:])
     np.testing.assert_allclose(actions, expected, atol=1e-6)
 
 
@@ -260,13 +262,12 @@ def test_a_rotation_of_zero_keeps_the_goal_up_to_robosuite_1_4(tmp_path, control
         demo["actions"][2:4, 3:6] = 0
 
     actions, source = converted(tmp_path, controller=controller, edit=each(stop_turning))
-    site = quat_rotation(read(source, "obs/robot0_eef_quat_site"))
-    expected = expected_deltas(source, rotation=site)
+    expected = expected_deltas(source)
     if kept:
         for first in (0, 5, 12):
             expected[first + 2 : min(first + 4, 15), 3:9] = expected[first + 1, 3:9]
     np.testing.assert_allclose(actions, expected, atol=1e-6)
-    np.testing.assert_allclose(actions[[0, 5, 12], 3:9], matrix_to_6d(site[[0, 5, 12]]), atol=1e-6)
+    np.testing.assert_allclose(actions[[0, 5, 12], 3:9], matrix_to_6d(sites(source)[[0, 5, 12]]), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -302,10 +303,10 @@ def test_goals_in_the_file_count_unless_their_frame_is_unknown(tmp_path, frame):
     The gripper is that of the actions, which controllers take as it is.
     """
     actions, source = converted(tmp_path, edit=each(add_goals), controller=new(input_ref_frame=frame))
-    goals, site = read(source, "actions_abs"), quat_rotation(read(source, "obs/robot0_eef_quat_site"))
+    goals = read(source, "actions_abs")
     expected = joined(goals[:, :3], rotvec_to_matrix(goals[:, 3:6]), read(source, "actions")[:, 6:])
     if frame == "base":
-        expected = expected_deltas(source, rotation=site, base=BASE)
+        expected = expected_deltas(source, base=BASE)
     np.testing.assert_allclose(actions, expected, atol=1e-6)
 
 
@@ -314,8 +315,7 @@ def test_two_arms_have_their_own_poses_and_controllers(tmp_path):
     actions, source = converted(tmp_path, arms=2, controller=[new(), other])
     assert actions.shape == (15, 20)
     for arm, scale in enumerate([(0.05, 0.5), (0.2, 0.2)]):
-        site = quat_rotation(read(source, f"obs/robot{arm}_eef_quat_site"))
-        expected = expected_deltas(source, rotation=site, scale=scale, arm=arm)
+        expected = expected_deltas(source, scale=scale, arm=arm)
         np.testing.assert_allclose(actions[:, 10 * arm : 10 * arm + 10], expected, atol=1e-6)
 
 
@@ -327,15 +327,8 @@ def robosuite_episode(frame):
 
     config = load_composite_controller_config(controller="BASIC")
     config["body_parts"]["right"]["input_ref_frame"] = frame
-    env = robosuite.make(
-        "Lift",
-        robots="Panda",
-        controller_configs=config,
-        has_renderer=False,
-        has_offscreen_renderer=False,
-        use_camera_obs=False,
-        seed=3,
-    )
+    off = dict.fromkeys(("has_renderer", "has_offscreen_renderer", "use_camera_obs"), False)
+    env = robosuite.make("Lift", robots="Panda", controller_configs=config, seed=3, **off)
     model_file = env.sim.model.get_xml()
     rng, obs, actions, goals = np.random.default_rng(0), [], [], []
     for step in range(25):
@@ -448,6 +441,13 @@ def test_what_is_there_stays_and_something_else_is_refused(tmp_path, capsys):
     before = contents(output)
     code, out, _ = call(capsys, source, output)
     assert code == 0 and f"already there: {output}" in out
+    for words in (
+        "3 episodes, 15 frames",
+        "action float32 (10,)",
+        "agentview_image uint8 (8, 8, 3)",
+        "state float64 (32,)",
+    ):
+        assert words in out
     for arguments in ((source, output, "--actions", "recorded"), (make_hdf5(tmp_path / "b.hdf5", seed=1), output)):
         code, _, (error,) = call(capsys, *arguments)
         assert code == 1 and f"output: got {output}" in error
@@ -672,18 +672,3 @@ def test_bad_arguments(tmp_path, capsys, monkeypatch, key, arguments):
     assert code == 1 and f"{key}: got" in error and [path.name for path in tmp_path.iterdir()] == ["in.hdf5"]
     with pytest.raises(FileNotFoundError):
         ensure_zarr(tmp_path / "none.hdf5", tmp_path)
-
-
-def test_the_program_says_what_it_wrote(tmp_path, capsys):
-    code, out, errors = call(capsys, make_hdf5(tmp_path / "in.hdf5"), tmp_path / "out.zarr")
-    assert (code, errors) == (0, []) and re.search(rf"wrote {tmp_path}/out.zarr in \d+\.\d s", out)
-    assert re.search(r"3 episodes, 15 frames, 0\.\d MB", out)
-    assert "action float32 (10,)" in out and "agentview_image uint8 (8, 8, 3)" in out and "state float64 (32,)" in out
-
-
-def test_rotations_of_the_goals_come_back_as_rotation_vectors(tmp_path):
-    """What a rollout needs: the absolute action of 10 numbers as the 6 and the gripper that a controller takes."""
-    actions, source = converted(tmp_path, controller=new(input_type="absolute"))
-    rows = actions[:, 3:9].astype(np.float64).reshape(-1, 2, 3)
-    matrices = np.concatenate([rows, np.cross(rows[:, 0], rows[:, 1])[:, None]], axis=1)
-    np.testing.assert_allclose(matrix_to_rotvec(matrices), read(source, "actions")[:, 3:6], atol=1e-6)
