@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from policy.build import build_model
 from policy.encoder.adapt import adapt_weights
 from policy.files import whole
+from policy.training.protocols import Policy
 
 FORMAT = "fibottention-policy-1"
 LAST = "last.safetensors"
@@ -126,7 +127,7 @@ def load_policy(
     checkpoint, damaged, or no policy; impossible options).
     """
     model = load_model(run_or_checkpoint, device)
-    if not hasattr(model, "sample"):
+    if not isinstance(model, Policy):
         raise ValueError(f"{run_or_checkpoint}: got a {model.config['model']['name']!r} checkpoint, allowed: a policy")
     model.set_sampler(sampler, num_inference_steps)
     model.set_inference(precision=precision, cuda_graph=cuda_graph)

@@ -18,7 +18,6 @@ class KeypointBenchmark:
             "encoder": begin_encoder(self.model, config["encoder"], attention=config["attention"], resume=resume)
         }
         self.train_data, self.val_data = open_demonstrations(config, self.task)
-        self.model.fit_normalizer(self.train_data)
 
     def describe_data(self):
         """One line of the plan."""

@@ -46,9 +46,6 @@ class OnEncoder(nn.Module):
         prefix = f"encoder.encoders.{CAMERA}."
         return self.vision.layer_of(name.removeprefix(prefix)) if name.startswith(prefix) else self.num_layers
 
-    def fit_normalizer(self, dataset):
-        """Nothing to fit: images come in [-1, 1]."""
-
 
 def kept_tokens(order, ratio):
     """Ascending indices (B, n) of the patch tokens that stay, those of the smallest ``order`` (B, N)."""

@@ -41,9 +41,6 @@ class KeypointRegressor(nn.Module):
         if size % self.dims:
             raise ValueError(f"keypoint: got {size} targets, allowed: a multiple of {self.dims}")
 
-    def fit_normalizer(self, dataset):
-        """Nothing to fit: images have a fixed range and the targets have a unit of their own."""
-
     def compile_training(self):
         """Compile what a training step spends its time in (torch.compile)."""
         self.encoder.compile_cameras()

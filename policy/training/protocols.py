@@ -38,10 +38,16 @@ class Model(Protocol):
 
 
 @runtime_checkable
-class Normalizing(Protocol):
-    """Optional, of a model: it scales its inputs by ranges of the training data."""
+class Policy(Protocol):
+    """Optional, of a model: it acts. ``fit_normalizer`` takes the ranges of the training data before training."""
 
     def fit_normalizer(self, dataset): ...
+
+    def sample(self, obs, *, generator=None, num_inference_steps=None):
+        """obs {key: (B, To, ...)} in raw units -> action chunks (B, T, Da)."""
+
+    def act(self, obs, **options):
+        """The steps of a chunk that are executed, (B, Ta, Da)."""
 
 
 @runtime_checkable
