@@ -9,19 +9,17 @@ import tiny
 import torch
 from configs import FOLDERS, composed
 from hydra.errors import ConfigCompositionException
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from trained import assert_identical, everything, start
 
-from policy.build import build_model, cache_features
+from policy.build import build_model
 from policy.checkpoint import load_policy, load_weights
+from policy.dataset.features import cache_features
 from policy.decoder import build_decoder, list_decoders
 from policy.decoder.parts import position_code
-from policy.training.curves import plot_curves
+from policy.training.batches import to_tensors
 from policy.training.pictures import write_reconstructions
 from policy.training.run_folder import RunFolder
-from policy.training.trainer import to_tensors
 
 TYPES = [name for name in list_decoders() if name != "none"]
 META = {**tiny.IMAGE, **tiny.LOW_DIM}
@@ -375,7 +373,7 @@ def test_sampling_leaves_the_decoder_out(name):
 
 def test_none_is_the_plain_policy():
     (plain, data), (none, _) = policy_with("plain"), policy_with("none")
-    assert none.decoder is None and build_decoder("none", every=8) is None
+    assert none.decoder is None
     assert_identical(none.state_dict(), plain.state_dict())
     batch, randomness = batch_of(plain, data)
     losses = none(batch, randomness)
@@ -426,23 +424,18 @@ def test_a_decoder_learns(name):
 
 
 def test_pictures_show_pairs_of_the_last_step(tmp_path):
-    """Rows: observed above reconstructed, camera by camera; columns: the first 8 windows; narrower rows end white."""
-    generator = torch.Generator().manual_seed(0)
-    wide, narrow = (torch.rand(2, 10, 2, 3, size, size, generator=generator) * 2.4 - 1.2 for size in (6, 4))
+    """Observed above reconstructed, camera by camera; columns: windows in their order."""
+    reds = torch.arange(1.0, 13).reshape(4, 3) / 6 - 1  # each image has one colour, which no letter has
+    images = torch.full((4, 3, 2, 3, 6, 6), -1.0)  # (row, B, To, 3, h, w)
+    images[:, :, 1, 0] = reds[..., None, None]
     path = tmp_path / "deeper" / "picture.png"
-    write_reconstructions(path, {"one": tuple(wide), "two": tuple(narrow)})
-    pixels = np.asarray(Image.open(path)).astype(int)
-    assert pixels.shape == (2 * 8 + 2 * 6, 48, 3)
-    top = 0
-    for images, size in ((wide, 6), (narrow, 4)):
-        for row in images:
-            for column in range(8):
-                shown = pixels[top : top + size, column * size : (column + 1) * size]
-                expected = ((row[column, 1].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
-                assert np.abs(shown - expected).max() <= 0.51
-            assert (pixels[top : top + size, 8 * size :] == 255).all()
-            top += size + 2
-            assert (pixels[top - 2 : top] == 255).all()
+    write_reconstructions(path, {"one": tuple(images[:2]), "two": tuple(images[2:])})
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    colours = [[round((red + 1) * 127.5), 0, 0] for red in reds.flatten().tolist()]
+    corners = [np.argwhere((pixels == colour).all(axis=2)).min(axis=0) for colour in colours]
+    places = np.array(corners).reshape(4, 3, 2)
+    assert (np.diff(places[..., 0], axis=0) > 0).all() and (np.diff(places[..., 0], axis=1) == 0).all()
+    assert (np.diff(places[..., 1], axis=1) > 0).all()
 
 
 def test_a_run_folder_writes_pictures_only_where_it_may(tmp_path):
@@ -466,7 +459,6 @@ def test_a_run_logs_parts_draws_pictures_and_resumes_exactly(tmp_path, runs):
     assert validation["val_loss"] == pytest.approx(sum(parts), rel=1e-5)
     pictures = [line["reconstructions"] for line in lines if "reconstructions" in line]
     assert [picture.name for picture in pictures] == ["epoch_0001.png", "epoch_0002.png"]
-    assert np.asarray(Image.open(pictures[0])).shape == (2 * 14, 7 * 12, 3)  # all 7 held-out windows
     start(tmp_path / "parts", images=True, model=model, epochs=2).fit(stop_at=2)
     second = start(tmp_path / "parts", images=True, model=model, epochs=2, fresh=5)
     second.resume()
@@ -476,73 +468,58 @@ def test_a_run_logs_parts_draws_pictures_and_resumes_exactly(tmp_path, runs):
     assert_identical(loaded.state_dict(), straight.ema.model.state_dict())
     refused = start(tmp_path / "parts", images=True, model={"decoder": {"name": "d", **OPTIONS}}, epochs=2)
     before = {key: value.clone() for key, value in refused.raw_model.state_dict().items()}
-    with pytest.raises(ValueError, match="missing: decoder.reduce.*unexpected: decoder.decoders.agent_pos"):
+    with pytest.raises(ValueError, match="decoder.reduce"):
         refused.resume()
     assert_identical(refused.raw_model.state_dict(), before)
     assert_identical(load_policy(tmp_path / "parts").state_dict(), straight.ema.model.state_dict())
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "message"),
+    ("source", "target", "key"),
     [
-        ("a", "plain", "unexpected: decoder.decoders.agent_pos.0.bias"),
-        ("plain", "a", "missing: decoder.decoders.agent_pos.0.bias"),
-        ("a", "c", "missing: decoder.decoders.image.project.0.bias"),
-        ("b", "c", r"shapes: decoder.decoders.agent_pos.0.weight: got \(8, 4\), allowed \(8, 8\)"),
+        ("a", "plain", "unexpected: decoder.decoders.agent_pos"),
+        ("plain", "a", "missing: decoder.decoders.agent_pos"),
+        ("a", "c", "missing: decoder.decoders.image.project"),
+        ("b", "c", "shapes: decoder.decoders.agent_pos"),
     ],
 )
-def test_weights_of_another_decoder_are_refused(source, target, message):
+def test_weights_of_another_decoder_are_refused(source, target, key):
     model = policy_with(target)[0]
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=key):
         load_weights(model, policy_with(source, seed=1)[0].state_dict(), "file")
     assert_identical(model.state_dict(), before)
-
-
-def test_curves_show_the_parts_when_there_are_several(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **options: drawn.append((options["label"], y)))
-    monkeypatch.setattr(Axes, "legend", lambda axes: None)
-    monkeypatch.setattr(Figure, "savefig", lambda *arguments, **options: None)
-    line = '{"step": 1, "train_loss": 0.5, "train_diffusion": 0.4%s}\n'
-    (tmp_path / "metrics.jsonl").write_text(line % "")
-    plot_curves(tmp_path)
-    assert [name for name, _ in drawn] == ["train_loss"]
-    drawn.clear()
-    (tmp_path / "metrics.jsonl").write_text(line % ', "train_decode_image": 0.1')
-    plot_curves(tmp_path)
-    assert drawn == [("train_loss", (0.5,)), ("train_diffusion", (0.4,)), ("train_decode_image", (0.1,))]
 
 
 # Errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "options", "key"),
     [
-        ("d", {"shape_meta": tiny.LOW_DIM}, "got no key to decode, allowed: a type that decodes images with at least"),
-        ("a", {"weight": 0}, "got no key to decode.*images and low-dim keys"),
-        ("d", {"weights": {"image": 0}}, "got no key to decode"),
-        ("b", {"weights": {"image": -1}}, "decoder weight: got {'image': -1}, allowed: >= 0"),
-        ("c", {"weight": -0.1}, "decoder weight: got .*-0.1.*allowed: >= 0"),
-        ("a", {"weights": {"imag": 1}}, "decoder.weights: got imag, allowed: agent_pos, image"),
-        ("a", {"image_size": -2}, "got an image of -2x-2 px, allowed: even sizes"),
-        ("a", {"kernel_size": 4}, "kernel_size, channels, code_channels: got 4, 8, 8, allowed: odd, a multiple of"),
-        ("b", {"channels": 6}, "got 3, 6, 8, allowed: odd, a multiple of groups 4, a multiple of 4"),
-        ("d", {"code_channels": 10}, "got 3, 8, 10, allowed"),
-        ("a", {"image_size": 7}, "got an image of 7x7 px, allowed: even sizes"),
-        ("d", {"shape_meta": {"image": {"type": "rgb", "shape": [3, 11, 12]}}}, "got an image of 11x12 px"),
-        ("a", {"bottleneck": (12, 4)}, "got 12 bottleneck channels, allowed: a multiple of 8"),
-        ("b", {"bottleneck": (18, 4)}, "got 18 bottleneck channels, allowed: a multiple of 4"),
-        ("c", {"bottleneck": (17, 4)}, "got 17 bottleneck channels, allowed: a multiple of 2"),
-        ("b", {"bottleneck": (16, 8)}, "got 8 positions in the bottleneck, allowed: a square number"),
-        ("c", {"bottleneck": (16, 2)}, "got 2 positions in the bottleneck, allowed: a square number"),
-        ("a", {"every": 0}, "decoder.every: got 0, allowed: >= 1"),
-        ("e", {}, "decoder: got 'e', allowed: a, b, c, d, none"),
+        ("d", {"shape_meta": tiny.LOW_DIM}, "no key"),
+        ("a", {"weight": 0}, "no key"),
+        ("d", {"weights": {"image": 0}}, "no key"),
+        ("b", {"weights": {"image": -1}}, "weight"),
+        ("c", {"weight": -0.1}, "weight"),
+        ("a", {"weights": {"imag": 1}}, "imag"),
+        ("a", {"image_size": -2}, "-2x-2"),
+        ("a", {"image_size": 7}, "7x7"),
+        ("d", {"shape_meta": {"image": {"type": "rgb", "shape": [3, 11, 12]}}}, "11x12"),
+        ("a", {"kernel_size": 4}, "kernel_size"),
+        ("b", {"channels": 6}, "channels"),
+        ("d", {"code_channels": 10}, "code_channels"),
+        ("a", {"bottleneck": (12, 4)}, "12 bottleneck channels"),
+        ("b", {"bottleneck": (18, 4)}, "18 bottleneck channels"),
+        ("c", {"bottleneck": (17, 4)}, "17 bottleneck channels"),
+        ("b", {"bottleneck": (16, 8)}, "8 positions"),
+        ("c", {"bottleneck": (16, 2)}, "2 positions"),
+        ("a", {"every": 0}, "every"),
+        ("e", {}, "decoder"),
     ],
 )
-def test_impossible_decoders_are_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_decoders_are_refused(name, options, key):
+    with pytest.raises(ValueError, match=key):
         decoder_of(name, **options)
 
 
@@ -558,25 +535,23 @@ def flat(config, prefix=""):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-@pytest.mark.parametrize("preset", ["paper", "small", "cpu"])
+@pytest.mark.parametrize("preset", ["paper", "small", "fast"])
 def test_types_of_a_task_differ_in_the_decoder_alone(folder, preset):
     configs = {name: dict(flat(composed(folder, f"type{name}", f"preset={preset}"))) for name in TYPES}
     for name, config in configs.items():
         different = {key for key in config.keys() | configs["a"].keys() if config.get(key) != configs["a"].get(key)}
         assert different == (set() if name == "a" else {"decoder.name", "model.decoder.name"})
         assert config["model.decoder.name"] == name
-    cpu = preset == "cpu"
-    assert configs["b"]["model.decoder.every"] == (8 if cpu else 1)
-    assert configs["b"]["model.decoder.channels"] == (32 if cpu else 128)
+    assert configs["b"]["model.decoder.channels"] == (32 if preset == "fast" else 128)
 
 
 def test_the_decoder_is_an_option_of_every_configuration():
     folder = next(folder for folder in FOLDERS if folder.name == "pusht")
-    for preset in ("paper", "cpu"):
+    for preset in ("paper", "fast"):
         config = composed(folder, "typea", "decoder=none", f"preset={preset}")
         with torch.device("meta"):
             assert build_model(config).decoder is None
-    with pytest.raises(ConfigCompositionException, match="Could not find 'decoder/e'"):
+    with pytest.raises(ConfigCompositionException, match="decoder/e"):
         composed(folder, "typea", "decoder=e")
 
 
