@@ -16,14 +16,14 @@ import torch
 
 from eval.attention.error import measure_errors, measure_maps
 from eval.attention.measure import BASELINE, describe, measure, own_time, read_configs
-from eval.attention.page import html_page
+from eval.attention.page import pages
 from eval.attention.plots import plot_latency, plot_maps, plot_tradeoff, plot_training
-from eval.attention.tables import COMPARED, csv_text, markdown
+from eval.attention.tables import COMPARED, csv_text
 from eval.attention.train import FIRST_SEED, configure, train
 from eval.shared.command import Parser, command
 from eval.shared.machine import check_positive, choose_device, describe_machine, fix_allocation
-from policy.files import write_whole
 from eval.speed.attention import DIRECTIONS
+from policy.files import write_whole
 
 PATCHES = [64, 196, 400, 784, 1568, 3136, 6272]
 QUICK = [64, 196, 784, 3136]
@@ -65,11 +65,11 @@ def main(argv=None):
         "training": [],
     }
     maps = measure_maps(configs, **MAP)
-    write(results, maps, args.output)
+    text = write(results, maps, args.output)
     if args.train:  # hours, before which the rest should be safe
         results["training"] = train(list(configs), args.output / "training", seeds=args.seeds, **changes)
-        write(results, maps, args.output)
-    print(f"{markdown(results)}\nwrote {args.output}/index.html and what it shows")
+        text = write(results, maps, args.output)
+    print(f"{text}\nwrote {args.output}/index.html and what it shows")
 
 
 def _training_changes(args, name):
@@ -87,7 +87,7 @@ def _training_changes(args, name):
 
 
 def write(results, maps, folder):
-    """All files of ``results`` and ``maps``, as ``measure_maps`` returns them."""
+    """Write all files of ``results`` and ``maps``, as ``measure_maps`` returns them; returns results.md."""
     pictures = {
         "latency.png": plot_latency(results),
         "tradeoff.png": plot_tradeoff(results),
@@ -96,15 +96,12 @@ def write(results, maps, folder):
     }
     pictures = {name: png for name, png in pictures.items() if png is not None}
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "results.json": json.dumps(results, indent=1),
-        "results.csv": csv_text(results),
-        "results.md": markdown(results),
-        **pictures,
-        "index.html": html_page(results, pictures),
-    }
+    html, text = pages(results, pictures)
+    files = {"results.json": json.dumps(results, indent=1), "results.csv": csv_text(results), "results.md": text}
+    files |= {**pictures, "index.html": html}
     for name, content in files.items():
         write_whole(folder / name, content)
+    return text
 
 
 def _parser():

@@ -1,9 +1,7 @@
-"""The page of ``python -m eval.attention``; it needs nothing beside itself."""
-
-from html import escape
+"""The report of ``python -m eval.attention``, as a page that needs nothing beside itself and as Markdown."""
 
 from eval.attention.tables import describe_settings, notes, tables
-from eval.report.page import HEAD, html_table, paragraph, picture_of
+from eval.shared.pages import Section, embedded, html_page, markdown_page
 
 TITLE = "Attention mechanisms side by side"
 CAPTIONS = {
@@ -14,25 +12,14 @@ CAPTIONS = {
 }
 
 
-def html_page(results, pictures):
-    """The page as text; pictures {file name: PNG}."""
-    parts = [
-        f"<h1>{TITLE}</h1>",
-        paragraph(describe_settings(results)),
-        f"<p><code>{escape(results['command'])}</code></p>",
-    ]
-    (title, text, rows), *others = tables(results)
-    parts += [f"<h2>{escape(title)}</h2>", paragraph(text), html_table(rows), _facts(results)]
-    parts += [picture_of(png, CAPTIONS[name]) for name, png in pictures.items()]
-    for title, text, rows in others:
-        parts += [f"<h2>{escape(title)}</h2>", paragraph(text), html_table(rows)]
-    parts += ["<h2>Options</h2>", html_table(_options(results))]
-    return "\n".join([HEAD.replace("<title>Training runs", f"<title>{TITLE}"), *parts, "</body></html>", ""])
-
-
-def _facts(results):
-    lines = [f"<li>{escape(name)}: {escape('; '.join(facts))}</li>" for name, facts in notes(results).items()]
-    return f"<ul class='note'>{''.join(lines)}</ul>"
+def pages(results, pictures):
+    """(index.html, results.md) as text; pictures {file name: PNG}, in the page alone."""
+    sections = [Section(title, text, rows) for title, text, rows in tables(results)]
+    sections[0].facts = [f"{name}: {'; '.join(facts)}" for name, facts in notes(results).items()]
+    sections[0].figures = [embedded("image", png, CAPTIONS[name]) for name, png in pictures.items()]
+    sections.append(Section("Options", rows=_options(results)))
+    told = {"intro": [describe_settings(results)], "command": results["command"]}
+    return html_page(TITLE, sections, **told), markdown_page(TITLE, sections, **told)
 
 
 def _options(results):

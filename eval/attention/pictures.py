@@ -7,15 +7,16 @@ import torch
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
-from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 from matplotlib.patches import Rectangle
 from PIL import Image
+
+from policy.training.pictures import BLUE, RED, new_figure, picture_rows, save_png
 
 MAX_ROWS, MAX_HEADS = 6, 4  # layers, and heads with weights, that a picture shows
 BITMAP = 230  # px, largest side of a pattern
 MATRIX = 420  # px, the same for the matrices of all heads together
 PAPER_COLOUR = "#F3F3F3"
-CLASS_COLOUR = "#D55E00"
+CLASS_COLOUR = RED
 UNSEEN_COLOUR = "#F2D7D5"
 BLIND_COLOUR = "#BFC5CC"
 
@@ -28,47 +29,23 @@ def plot_pattern(patterns, prefix_tokens, path):
 
     A head has the same colour in every layer, so that the shuffle of the heads shows.
     """
-    layers = _spread_over(len(patterns), MAX_ROWS)
-    heads, tokens = len(patterns[0]), patterns[0].shape[-1]
+    tokens, rows = patterns[0].shape[-1], []
     step = math.ceil(tokens / BITMAP)
-    side, gap, top = math.ceil(tokens / step) * max(1, BITMAP // tokens), 22, 84
-    width, height = heads * (side + gap) + 60, len(layers) * (side + gap + 18) + top
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
-    colours = head_colours(patterns)
-    shrunk = f", a dot is {step} x {step} pairs" if step > 1 else ""
-    figure.text(
-        0.5,
-        1 - 12 / height,
-        f"Pairs of {tokens - prefix_tokens} patches that each head attends to\n"
-        f"row: query, column: key, orange: class token{shrunk}; same colour: same diagonals",
-        ha="center",
-        va="top",
-        fontsize=min(max(width / 110, 8), 20),
-    )
-    for row, layer in enumerate(layers):
-        bottom = height - top - row * (side + gap + 18) - side - 12
-        figure.text(
-            24 / width,
-            (bottom + side / 2) / height,
-            f"layer {layer}",
-            rotation=90,
-            va="center",
-            ha="center",
-            fontsize=12,
-        )
-        for head, pattern in enumerate(patterns[layer]):
-            left = 46 + head * (side + gap)
-            axes = figure.add_axes([left / width, bottom / height, side / width, side / height])
+    border, colours = math.ceil(prefix_tokens / step), head_colours(patterns)
+    for layer in _spread_over(len(patterns), MAX_ROWS):
+        pictures, titles = [], []
+        for head, (pattern, colour) in enumerate(zip(patterns[layer], colours[layer], strict=True), start=1):
             dots = _blocks(pattern.numpy(), step).any(axis=(1, 3))  # no thin line is lost
-            picture = np.where(dots[..., None], to_rgb(colours[layer][head]), to_rgb(PAPER_COLOUR))
-            border = math.ceil(prefix_tokens / step)
+            picture = np.where(dots[..., None], to_rgb(colour), to_rgb(PAPER_COLOUR))
             picture[:border] = picture[:, :border] = to_rgb(CLASS_COLOUR)
-            axes.imshow(picture, interpolation="nearest")
-            axes.axis("off")
+            pictures.append((picture * 255).round().astype(np.uint8))
             patches = pattern[prefix_tokens:, prefix_tokens:]
-            title = "all pairs" if patches.all() else f"{diagonals(patches)} diagonals"
-            axes.set_title(f"head {head + 1} · {title}", fontsize=10, pad=3)
-    figure.savefig(path, dpi=100)
+            titles.append(f"head {head} · {'all pairs' if patches.all() else f'{diagonals(patches)} diagonals'}")
+        rows.append((f"layer {layer}", pictures, titles))
+    shrunk = f" A dot is {step} x {step} pairs." if step > 1 else ""
+    caption = f"Pairs of {tokens - prefix_tokens} patches that each head attends to. Row: query, column: key, orange: "
+    caption += f"class token. Heads of one colour attend to the same diagonals, yellow to the most pairs.{shrunk}"
+    save_png(picture_rows(rows, caption=caption, side=BITMAP), path)
 
 
 def diagonals(pattern):
@@ -123,7 +100,7 @@ def reach(patterns, prefix_tokens):
 def plot_coverage(patterns, prefix_tokens, path):
     """Write what all heads together see: heads a pair, density a head, and the layers that join two patches."""
     first = patterns[0][:, prefix_tokens:, prefix_tokens:]
-    figure = Figure(figsize=(13, 10.6), layout="constrained")
+    figure = new_figure(13, 10.6)
     (seen_axes, density_axes), (reach_axes, curve_axes) = figure.subplots(2, 2)
 
     step = math.ceil(first.shape[-1] / MATRIX)
@@ -153,7 +130,7 @@ def plot_coverage(patterns, prefix_tokens, path):
     reach_axes.set_title("Layers until a patch depends on another one, without the class token")
     numbers = list(range(1, last + 1))
     shares = [((layers > 0) & (layers <= number)).float().mean().item() for number in numbers]
-    curve_axes.plot(numbers, [100 * share for share in shares], marker="o", linewidth=2.4, color="#D55E00")
+    curve_axes.plot(numbers, [100 * share for share in shares], marker="o", linewidth=2.4, color=RED)
     for number, share in zip(numbers, shares, strict=True):
         label = f"{share:.1%}" if share < 1 else "all"
         curve_axes.annotate(label, (number, 100 * share), (-8, 5), textcoords="offset points", ha="right")
@@ -163,7 +140,7 @@ def plot_coverage(patterns, prefix_tokens, path):
     curve_axes.grid(alpha=0.3)
     for axes in (seen_axes, reach_axes):
         axes.set(xlabel="key patch", ylabel="query patch")
-    figure.savefig(path, dpi=100)
+    save_png(figure, path, dpi=100)
 
 
 def _discrete(axes, numbers, step, colours, names, *, zero):
@@ -194,7 +171,7 @@ def plot_attention(weights, picture, *, grid, patch, prefix_tokens, query, title
         "received from all",
         *(f"query, {name}" for name in ["all heads", *(f"head {h + 1}" for h in heads)]),
     ]
-    figure = Figure(figsize=(2.1 * len(names), 2.0 * len(layers) + 0.8), layout="constrained")
+    figure = new_figure(2.1 * len(names), 2.0 * len(layers) + 0.8)
     tokens = weights[0].shape[-1]
     figure.suptitle(
         f"{title}\nAttention over the patches, 1 = as much as if each of the {tokens} tokens got the same; "
@@ -222,8 +199,8 @@ def plot_attention(weights, picture, *, grid, patch, prefix_tokens, query, title
             axes.set(xticks=[], yticks=[])
         for axes in (row[0], *row[2:]):
             corner = (query[1] * patch - 0.5, query[0] * patch - 0.5)
-            axes.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor="#0072B2", linewidth=2))
-    figure.savefig(path, dpi=110)
+            axes.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor=BLUE, linewidth=2))
+    save_png(figure, path)
 
 
 def tint(picture, values, scale, patch):

@@ -1,35 +1,32 @@
 """Pictures of ``python -m eval.attention``, each as the bytes of a PNG."""
 
-import io
 from collections import Counter
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, to_rgb
-from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
-from PIL import Image
 
 from eval.attention.error import MAP_SIZE
 from eval.attention.measure import BASELINE
 from eval.attention.pictures import BLIND_COLOUR, tint
 from eval.attention.tables import Results, describe_settings
 from eval.attention.train import summarise
-from eval.report.plots import DASHES, MARKERS
-from eval.speed.attention import spread_labels
+from eval.shared.plots import DASHES, MARKERS, mark_sizes, name_line_ends, name_points
+from policy.training.pictures import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, new_figure, png_of
 
-GROUPS = {  # mechanisms that are alike share a colour of Okabe and Ito's palette
-    "#000000": ("softmax", "ra"),
-    "#D55E00": ("fibottention",),
-    "#0072B2": ("local", "bigbird", "hybrid"),
-    "#56B4E9": ("eva", "causal_eva"),
-    "#CC79A7": ("linformer", "nystromformer"),
-    "#009E73": ("performer", "scatterbrain", "lara"),
+GROUPS = {  # mechanisms that are alike share a colour
+    BLACK: ("softmax", "ra"),
+    RED: ("fibottention",),
+    BLUE: ("local", "bigbird", "hybrid"),
+    SKY: ("eva", "causal_eva"),
+    PINK: ("linformer", "nystromformer"),
+    GREEN: ("performer", "scatterbrain", "lara"),
 }
-OTHER_COLOUR = "#E69F00"
-NEGATIVE_COLOUR = "#56B4E9"
+OTHER_COLOUR, NEGATIVE_COLOUR = ORANGE, SKY
 ACROSS = 4  # mechanisms in a row of the gallery
+SMALL = {"colours": 256}  # a page of pictures is a third as large
 
 
 def line_styles(mechanisms):
@@ -39,21 +36,10 @@ def line_styles(mechanisms):
     for name, module in mechanisms.items():
         colour = colours.get(module["options"]["name"], OTHER_COLOUR)
         place = counts[colour]
-        styles[name] = {
-            "color": colour,
-            "linestyle": DASHES[place % len(DASHES)],
-            "marker": MARKERS[place % len(MARKERS)],
-        }
+        dash, marker = DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)]
+        styles[name] = {"color": colour, "linestyle": dash, "marker": marker}
         counts[colour] += 1
     return styles
-
-
-def _png(figure, dpi=100):
-    """With 256 colours, which make a page of pictures a third as large."""
-    file, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi)
-    Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    return small.getvalue()
 
 
 def _where(results):
@@ -66,49 +52,21 @@ def _where(results):
 def plot_latency(results):
     """Time against patches on logarithmic axes: a panel a direction, a line a mechanism, named at its end."""
     found, directions = Results(results), results["settings"]["directions"]
-    figure = Figure(figsize=(8.4 * len(directions), 7.6), layout="constrained")
+    figure = new_figure(8.4 * len(directions), 6.8)
     styles = line_styles(results["mechanisms"])
     figure.suptitle(f"Time of one call of attention\n{_where(results)}", fontsize=9)
     for axes, direction in zip(figure.subplots(1, len(directions), squeeze=False)[0], directions, strict=True):
-        lines = {}
+        mark_sizes(axes, found.settings["patches"], "patches N")
+        axes.set_title(direction)
+        ends, named = {}, {}
         for name in found.names:
             rows = [found.row(name, count, direction) for count in found.settings["patches"]]
-            lines[name] = [(row["patches"], row["ms"]) for row in rows if row["ms"]]
-        _draw_lines(axes, {name: line for name, line in lines.items() if line}, found.settings["patches"], styles)
-        axes.set_title(direction)
-    return _png(figure)
-
-
-def _draw_lines(axes, lines, patches, styles):
-    axes.set(xlabel="patches N", ylabel="ms", xscale="log", yscale="log")
-    axes.set_xticks(patches, [str(count) for count in patches])
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.grid(alpha=0.3)
-    for name, line in lines.items():
-        width = 2.6 if name == BASELINE else 1.4
-        axes.plot(*zip(*line, strict=True), **styles[name], linewidth=width, markersize=4)
-    times = [time for line in lines.values() for _, time in line]
-    heights = spread_labels({name: line[-1][1] for name, line in lines.items()}, (max(times) / min(times)) ** 0.034)
-    right = patches[-1] * max(patches[-1] / patches[0], 1.5) ** 0.06
-    for name, height in heights.items():
-        axes.annotate(
-            name,
-            lines[name][-1],
-            (right, height),
-            color=styles[name]["color"],
-            va="center",
-            fontsize=9,
-            fontweight="bold" if name == BASELINE else "normal",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": styles[name]["color"],
-                "linewidth": 0.6,
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            },
-            annotation_clip=False,
-        )
+            if points := [(row["patches"], row["ms"]) for row in rows if row["ms"]]:
+                width, weight = (2.6, "bold") if name == BASELINE else (1.4, "normal")
+                axes.plot(*zip(*points, strict=True), **styles[name], linewidth=width, markersize=4)
+                ends[name], named[name] = points[-1], {"color": styles[name]["color"], "fontweight": weight}
+        name_line_ends(axes, ends, named)
+    return png_of(figure, **SMALL)
 
 
 # Trade-offs ----------------------------------------------------------------------------------------------------------
@@ -137,7 +95,7 @@ def plot_training(results):
 
 def _plot_costs(found, points, label, **scale):
     """A panel for time and one for FLOPs; points {name: (row of the measurement, height)}."""
-    figure = Figure(figsize=(14, 6), layout="constrained")
+    figure = new_figure(14, 6)
     figure.suptitle(f"Cost of one call at N={found.small}\n{_where(found.all)}", fontsize=9)
     styles = line_styles(found.all["mechanisms"])
     costs = {"ms": lambda row: row["ms"], "GFLOP": lambda row: row["flops"] / 1e9}
@@ -152,41 +110,8 @@ def _plot_costs(found, points, label, **scale):
         axes.grid(alpha=0.3)
         for name, place in places.items():
             axes.plot(*place, **{**styles[name], "linestyle": ""}, markersize=8)
-        _name_points(axes, places, styles)
-    return _png(figure)
-
-
-def _name_points(axes, places, styles):
-    """Write the name of each point where it covers no other name and no point, as far as there is such a place."""
-    axes.figure.draw_without_rendering()  # decides where points lie
-    pixels = {name: axes.transData.transform(place) for name, place in places.items()}
-    taken = {name: (x - 7, y - 7, x + 7, y + 7) for name, (x, y) in pixels.items()}
-    inside = axes.bbox.extents
-    for name in sorted(places, key=lambda name: places[name][1]):
-        x, y = pixels[name]
-        width, height = 7.6 * len(name), 14
-        lefts, rises = (x + 9, x - 9 - width, x - width / 2), (0, 16, -16, 30, -30, 44, -44, 58, -58)
-        lows = [y + rise - height / 2 for rise in rises]
-        boxes = [(left, low, left + width, low + height) for low in lows for left in lefts]
-
-        def covered(box, width=width, height=height):
-            outside = width * height - _overlap(box, inside)
-            return outside + sum(_overlap(box, other) for other in taken.values())
-
-        box = min(boxes, key=covered)
-        taken[f"name of {name}"] = box
-        colour = styles[name]["color"]
-        far = abs(box[1] + height / 2 - y) > 1
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0} if far else None
-        corner = axes.transData.inverted().transform((box[0], box[1] + 3))
-        axes.annotate(name, places[name], corner, color=colour, fontsize=9, arrowprops=line)
-
-
-def _overlap(one, other):
-    """Area, in square pixels, that two boxes (left, low, right, high) share."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(width, 0) * max(height, 0)
+        name_points(axes, places, {name: styles[name]["color"] for name in places})
+    return png_of(figure, **SMALL)
 
 
 # Maps ----------------------------------------------------------------------------------------------------------------
@@ -198,7 +123,7 @@ def plot_maps(picture, grid, maps, *, layer, head):
     maps: {name: weights (P+N, P+N), or why there are none}.
     """
     rows = -(-len(maps) // ACROSS)
-    figure = Figure(figsize=(4.2 * ACROSS, 2.5 * rows + 1.1), layout="constrained")
+    figure = new_figure(4.2 * ACROSS, 2.5 * rows + 1.1)
     figure.suptitle(
         f"Head {head} of layer {layer} (from 0) of the shipped encoder under each mechanism, class token and "
         f"{grid[0]} x {grid[1]} patches. Left: weights of the marked query; right: of all queries (rows) on all keys\n"
@@ -216,8 +141,10 @@ def plot_maps(picture, grid, maps, *, layer, head):
             left.text(0, 0.5, f"no map:\n{weights}", wrap=True, fontsize=9)
             continue
         _draw_map(left, right, picture, grid, (weights * len(weights)).numpy(), scale)
-    figure.colorbar(scale, ax=all_axes, orientation="horizontal", fraction=0.025, aspect=60, format="{x:g}", pad=0.02)
-    return _png(figure, dpi=90)
+    bar = figure.colorbar(scale, ax=all_axes, orientation="horizontal", fraction=0.025, aspect=60, pad=0.02)
+    bar.ax.xaxis.set_major_formatter("{x:g}")
+    bar.set_label("weight, relative to uniform attention")
+    return png_of(figure, dpi=90, **SMALL)
 
 
 def _draw_map(left, right, picture, grid, values, scale):
@@ -227,7 +154,7 @@ def _draw_map(left, right, picture, grid, values, scale):
     query = values[prefix + row * grid[1] + column, prefix:].reshape(grid)
     left.imshow(tint(picture, query, scale, patch))
     corner = (column * patch - 0.5, row * patch - 0.5)
-    left.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor="#0072B2", linewidth=2))
+    left.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor=BLUE, linewidth=2))
     colours = scale.to_rgba(np.maximum(values, 1e-9))[..., :3]
     colours[values == 0], colours[values < 0] = to_rgb(BLIND_COLOUR), to_rgb(NEGATIVE_COLOUR)
     right.imshow(colours, interpolation="nearest")

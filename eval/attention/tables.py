@@ -5,7 +5,7 @@ import io
 
 from eval.attention.measure import BASELINE
 from eval.attention.train import summarise
-from eval.speed.attention import markdown_table, short
+from eval.shared.tables import NONE, short
 
 COMPARED = (784, 3136)  # patches; time grows fourfold where it is linear
 STEEP = 1.5  # times linear growth, from which on a note says what grows
@@ -108,7 +108,7 @@ def _overview(found):
         cells += [
             f"{short(row['ms'])} ({_speedup(row)})" if row["ms"] else row["skipped"] for row in (at_small, at_large)
         ]
-        cells += [f"{growth:.1f}" if growth else "–", _memory(at_large), _error(found.errors[name, patches])]
+        cells += [f"{growth:.1f}" if growth else NONE, _memory(at_large), _error(found.errors[name, patches])]
         rows.append([name, *cells])
     return rows
 
@@ -127,11 +127,11 @@ def _time(row):
 
 
 def _speedup(row):
-    return "–" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+    return NONE if row["ratio"] is None else f"{row['ratio']:.2f}x"
 
 
 def _memory(row):
-    return "–" if row["memory_mb"] is None else short(row["memory_mb"])
+    return NONE if row["memory_mb"] is None else short(row["memory_mb"])
 
 
 def _gflop(row):
@@ -180,15 +180,6 @@ def describe_settings(results):
     sizes = f"{settings['heads']} heads of width {settings['dim'] // settings['heads']}, batch {settings['batch']}"
     clock = "Processor time, waiting for a core not counted" if settings["own_time"] else "Time on the clock"
     return f"{where}, commit {machine['commit'] or 'unknown'}. {sizes}, one class token and N patches. {clock}."
-
-
-def markdown(results):
-    """results.md."""
-    lines = ["# Attention mechanisms side by side", "", describe_settings(results), "", f"`{results['command']}`"]
-    for title, text, rows in tables(results):
-        lines += ["", f"## {title}", "", *([text, ""] if text else []), *markdown_table(rows)]
-    facts = [f"* {name}: {'; '.join(of_one)}" for name, of_one in notes(results).items()]
-    return "\n".join([*lines, "", "## Notes", "", *facts, ""])
 
 
 def csv_text(results):

@@ -10,9 +10,9 @@ from tqdm import tqdm
 from eval.benchmark import build_benchmark
 from eval.benchmark.fit import fit
 from eval.benchmark.start import complete
-from eval.report.groups import seed_interval
 from eval.shared.classify import quoted
 from eval.shared.compose import compose_task
+from eval.shared.intervals import seed_interval
 from eval.shared.overrides import task_folders
 from eval.shared.run_config import COMPOSED, stored_config
 from policy.checkpoint import LAST

@@ -1,12 +1,11 @@
-"""Runs side by side: score and success over seeds with 95 % intervals, curves, films; a page that needs nothing else.
+"""Runs of every kind side by side: means over seeds with 95 % intervals, curves, films; a page that needs nothing else.
 
     python -m eval.report RUNS... [--output report.html]
 
-RUNS are run folders, folders of eval.rollout, or folders that such ones lie in (runs/multirun/DATE). Runs that differ
-in their seed only are one group.
+RUNS are run folders, results of tests (a folder of eval.rollout), or folders that such ones lie in
+(runs/multirun/DATE). Runs that differ in their seed only are one group; each kind and task has a table of its own.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -14,10 +13,11 @@ import sys
 from pathlib import Path
 
 from eval.report.groups import group_runs, summarize_group
-from eval.report.page import html_page, markdown_page
+from eval.report.page import INTRO, TITLE, sections
 from eval.report.runs import read_runs
-from eval.shared.command import command
-from eval.shared.tracker import write_whole
+from eval.shared.command import Parser, command
+from eval.shared.pages import html_page, markdown_page
+from policy.files import write_whole
 
 
 def report(paths, output, *, max_video=8e6, command="python -m eval.report"):
@@ -29,40 +29,50 @@ def report(paths, output, *, max_video=8e6, command="python -m eval.report"):
     if output.suffix != ".html":
         raise ValueError(f"--output: got {output}, allowed: a name that ends in .html")
     runs, left_out = read_runs(paths)
-    tasks, keys = group_runs(runs)
+    parts = group_runs(runs)
     base = Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
-    home = output.resolve().parent
-    told = {"command": command, "base": base}
-    home.mkdir(parents=True, exist_ok=True)
-    page = html_page(tasks, keys, left_out, home=home, max_video=max_video, **told)
-    write_whole(output, page)
-    write_whole(output.with_suffix(".md"), markdown_page(tasks, keys, left_out, **told))
-    write_whole(output.with_suffix(".json"), json.dumps(as_json(tasks, keys, left_out, **told), indent=1))
+    found = sections(parts, left_out, base=base, home=output.resolve().parent, max_video=max_video)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, html_page(TITLE, found, intro=INTRO, command=command))
+    write_whole(output.with_suffix(".md"), markdown_page(TITLE, found, intro=INTRO, command=command))
+    numbers = {"command": command, "parts": [as_json(part, base) for part in parts], "left_out": left_out}
+    write_whole(output.with_suffix(".json"), json.dumps(numbers, indent=1))
     return len(runs), left_out
 
 
-def as_json(tasks, keys, left_out, *, command, base):
-    """All numbers of the report; folders are relative to ``base``."""
+def as_json(part, base):
+    """All numbers of the runs of one kind and task; folders are relative to ``base``."""
+    keys = [metric.key for metric in part.kind.metrics]
 
-    def rows(run):
-        rollouts = [{key: r[key] for key in ("step", "score_mean", "success_rate")} for r in run.rollouts]
-        folder = os.path.relpath(run.folder, base)
-        return {"folder": folder, "seed": run.seed, "steps": run.steps, "rollouts": rollouts}
+    def rows(runs):
+        return [
+            {
+                "folder": os.path.relpath(run.folder, base),
+                "seed": run.seed,
+                "steps": run.steps,
+                "results": [{k: line.get(k) for k in ("step", *keys)} for line in run.lines if keys[0] in line],
+                "last": {key: run.last.get(key) for key in keys},
+            }
+            for run in runs
+        ]
 
-    def numbers(group, names):
-        runs = {"runs": [rows(run) for run in group.runs], "not_counted": [rows(run) for run in group.repeated]}
-        differing = {key: group.options[key] for key in names if key in group.options}
-        return {**summarize_group(group), "options": differing, **runs}
-
-    groups = {task: [numbers(group, keys[task]) for group in members] for task, members in tasks.items()}
-    return {"command": command, "tasks": groups, "left_out": left_out}
+    groups = [
+        {
+            **summarize_group(group),
+            "options": {key: group.options[key] for key in part.keys if key in group.options},
+            "runs": rows(group.runs),
+            "not_counted": rows(group.repeated),
+        }
+        for group in part.groups
+    ]
+    return {"kind": part.kind.title, "task": part.task, "groups": groups}
 
 
 @command
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs, results of eval.rollout, or folders of such")
+    parser = Parser("eval.report", __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs, results of tests, or folders of such")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="default report.html")
     parser.add_argument("--max-video-mb", type=float, default=8, help="larger films are only linked to, default 8")
     args = parser.parse_args(argv)

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.report.runs import SEEDS, Run
-from eval.shared.intervals import rate_interval
-
-METRICS = {"score": ("score_mean", "score_ci95"), "success": ("success_rate", "success_ci95")}
+from eval.report.kinds import Kind
+from eval.report.runs import OF_ONE_RUN, Run
+from eval.shared.intervals import rate_interval, seed_interval
+from eval.shared.tables import NONE
 
 
 @dataclass
 class Group:
     """Runs of one configuration.
 
-    number: from 1 on in its task; keys: those that tell it from the others; repeated: runs that have the seed of one of
+    number: from 1 on in its part; keys: those that tell it from the others; repeated: runs that have the seed of one of
     ``runs`` and do not count.
     """
 
@@ -28,28 +28,47 @@ class Group:
 
     @property
     def name(self):
-        return ", ".join(f"{key}={shown(self.options, key)}" for key in self.keys) or "all runs"
+        return ", ".join(f"{key.removesuffix('.name')}={shown(self.options, key)}" for key in self.keys) or "all runs"
+
+    @property
+    def label(self):
+        return f"{self.number}: {self.name}"
 
     @property
     def best_run(self):
-        """The run whose last rollout scored best, or the first one without rollouts."""
-        return max(self.runs, key=lambda run: run.last["score_mean"] if run.last else -math.inf)
+        """The run whose first number is best at the end, or the first run where none has it."""
+        metric = self.runs[0].kind.metrics[0]
+        sign = -1 if metric.smaller else 1
+        return max(self.runs, key=lambda run: sign * run.last[metric.key] if metric.key in run.last else -math.inf)
+
+
+@dataclass
+class Part:
+    """Groups of one kind and task; keys: those in which they differ."""
+
+    kind: Kind
+    task: str
+    groups: list[Group]
+    keys: list[str]
 
 
 def group_runs(runs):
-    """({task: [Group]}, {task: keys in which they differ}), in the order of ``runs``."""
-    tasks, keys = {}, {}
+    """[Part], in the order of ``runs``."""
+    parts = {}
     for run in runs:
-        options = {key: value for key, value in run.options.items() if key not in SEEDS}
+        options = {k: v for k, v in run.options.items() if k not in OF_ONE_RUN and k.split(".")[0] not in OF_ONE_RUN}
         identity = json.dumps(options, sort_keys=True, default=str)
-        tasks.setdefault(run.task, {}).setdefault(identity, (options, []))[1].append(run)
-    for task, groups in tasks.items():
-        options = [options for options, _ in groups.values()]
-        keys[task] = differing_keys(options)
-        names = naming_keys(options, keys[task])
-        numbered = enumerate(groups.values(), start=1)
-        tasks[task] = [Group(number, names, options, *_one_a_seed(members)) for number, (options, members) in numbered]
-    return tasks, keys
+        groups = parts.setdefault((run.kind, run.task), {})
+        groups.setdefault(identity, (options, []))[1].append(run)
+    return [_part(*key, list(groups.values())) for key, groups in parts.items()]
+
+
+def _part(kind, task, found):
+    options = [options for options, _ in found]
+    keys = differing_keys(options)
+    names = naming_keys(options, keys)
+    numbered = enumerate(found, start=1)
+    return Part(kind, task, [Group(number, names, one, *_one_a_seed(runs)) for number, (one, runs) in numbered], keys)
 
 
 def _one_a_seed(runs):
@@ -84,7 +103,7 @@ def naming_keys(options, keys):
 def shown(options, key):
     """The value of ``key`` as text, – where there is none."""
     if key not in options:
-        return "–"
+        return NONE
     value = options[key]
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
@@ -92,57 +111,27 @@ def shown(options, key):
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
-def t_quantile(degrees):
-    """97.5 % quantile of Student's t with a whole number of ``degrees`` of freedom >= 1.
+def estimate(results, metric):
+    """{"mean", "interval", "kind"} of a ``Metric`` over ``results``, dictionaries, one a seed; None without any.
 
-    By bisection of the finite sums for P(|T| < t): Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    kind: "seeds", a t-interval over two or more seeds; "run", the interval of the one run itself; "none" where there is
+    one run without an interval.
     """
-    if degrees < 1:
-        raise ValueError(f"degrees of freedom: got {degrees}, allowed: >= 1")
-
-    def inside(angle):  # t = sqrt(degrees) tan(angle)
-        term, total = (math.cos(angle) if degrees % 2 else 1.0), 0.0
-        for k in range(2 + degrees % 2, degrees + 1, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * (k - 1) / k
-        total *= math.sin(angle)
-        return 2 / math.pi * (angle + total) if degrees % 2 else total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
-def seed_interval(values):
-    """95 % t-interval (low, high) of the mean of ``values``, one a seed, two or more."""
-    half = t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return [float(np.mean(values)) - half, float(np.mean(values)) + half]
-
-
-def estimate(rollouts, metric):
-    """{"mean", "interval", "kind"} of "score" or "success" over ``rollouts``, one a seed; None without any.
-
-    kind: "seeds", a t-interval over two or more seeds, that of success cut to [0, 1]; "episodes", the interval of the
-    rollout itself, where there is one seed; "none" where its summary.json is gone.
-    """
-    key, interval_key = METRICS[metric]
-    if not rollouts:
+    results = [result for result in results if result and result.get(metric.key) is not None]
+    if not results:
         return None
-    values = [rollout[key] for rollout in rollouts]
+    values = [result[metric.key] for result in results]
     if len(values) > 1:
-        low, high = seed_interval(values)
-        interval, kind = ([max(low, 0.0), min(high, 1.0)] if metric == "success" else [low, high]), "seeds"
+        interval, kind = seed_interval(values, metric.limits), "seeds"
     else:
-        interval = rollouts[0].get(interval_key)
-        kind = "none" if interval is None else "episodes"
+        interval = results[0].get(metric.interval)
+        kind = "none" if interval is None else "run"
     return {"mean": float(np.mean(values)), "interval": interval, "kind": kind}
 
 
-def pooled_success(rollouts):
+def pooled_success(results):
     """{"successes", "episodes", "rate", "interval"} over all their episodes, with a Wilson interval; or None."""
-    episodes = [row for rollout in rollouts for row in rollout.get("episodes", ())]
+    episodes = [row for result in results for row in result.get("episodes") or ()]
     if not episodes:
         return None
     successes = sum(bool(row["success"]) for row in episodes)
@@ -152,18 +141,19 @@ def pooled_success(rollouts):
 
 def summarize_group(group):
     """All numbers of a group, as report.json has them."""
-    last, best = ([r for r in (getattr(run, which) for run in group.runs) if r] for which in ("last", "best"))
-    rates, minutes = ([getattr(run, key) for run in group.runs] for key in ("steps_per_second", "minutes"))
+    kind, last = group.runs[0].kind, [run.last for run in group.runs]
+    best = [run.best for run in group.runs] if kind.chosen else []
     return {
         "name": group.name,
         "seeds": [run.seed for run in group.runs],
-        "rolled_out": len(last),
-        "last": {metric: estimate(last, metric) for metric in METRICS},
-        "best": {metric: estimate(best, metric) for metric in METRICS},
+        "evaluated": sum(kind.metrics[0].key in one for one in last),
+        "last": {metric.key: estimate(last, metric) for metric in kind.metrics},
+        "best": {metric.key: estimate(best, metric) for metric in kind.metrics},
         "pooled": pooled_success(last),
+        "parameters": _mean([run.parameters for run in group.runs]),
         "steps": [run.steps for run in group.runs],
-        "steps_per_second": _mean(rates),
-        "minutes": _mean(minutes),
+        "steps_per_second": _mean([one.get("steps_per_second") for one in last]),
+        "minutes": _mean([run.minutes for run in group.runs]),
     }
 
 

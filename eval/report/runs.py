@@ -1,4 +1,4 @@
-"""Runs as ``python -m eval.report`` reads them: configuration, metrics and rollouts of a folder."""
+"""Runs as ``python -m eval.report`` reads them: configuration, metrics and results of a folder."""
 
 import json
 import math
@@ -8,33 +8,45 @@ from functools import cached_property
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import safe_open
 from tqdm import tqdm
 from yaml import YAMLError
 
+from eval.report.kinds import Kind, kind_of
 from policy.checkpoint import find_checkpoint, load_checkpoint
 
 SEEDS = ("seed", "training.seed")
-ALLOWED = (
-    "a run (config.yaml, metrics.jsonl), a folder of eval.rollout (summary.json), or a folder that such ones lie in"
-)
+OF_ONE_RUN = (*SEEDS, "output", "resume", "label", "wandb")  # keys, and sections, in which runs of one group may differ
+CONFIGS = ("resolved.yaml", "config.yaml")  # the first that is there counts
+ROLLOUT = {"score_mean", "success_rate", "score_ci95", "success_ci95", "episodes"}
+ALLOWED = "a run (config.yaml, metrics.jsonl), a result (summary.json), or a folder that such ones lie in"
 
 
 @dataclass
 class Run:
-    """A training run, or one result of eval.rollout, which has a rollout and no metrics.
+    """A training run, or the result of a test, which has a summary and no lines.
 
-    options: {dotted key: value} of its configuration; lines: those of metrics.jsonl; rollouts: in the order of the
-    steps, {"step", "folder", "score_mean", "success_rate"} and, where its summary.json is there, that one's keys.
+    options: {dotted key: value} of its configuration; lines: of metrics.jsonl, with the results of the rollouts that
+    they tell of; summary: of summary.json.
     """
 
     folder: Path
     options: dict
     lines: list
-    rollouts: list
+    summary: dict
+
+    @cached_property
+    def kind(self) -> Kind:
+        return kind_of(self.options.get("model.name"), self.last.keys())
 
     @property
     def task(self):
-        return self.options.get("task.name", "unknown")
+        """What it learns: a simulator's task, a data set, or a text."""
+        found = (self.options.get(key) for key in ("data", "task.name", "text", "source"))
+        name = next((value for value in found if isinstance(value, str)), None)
+        embedded = self.options.get("model.name") in ("language", "translation")
+        return Path(name).name if name else "embedded text" if embedded else "unknown"
 
     @property
     def seed(self):
@@ -42,29 +54,39 @@ class Run:
         seeds = dict.fromkeys(str(self.options[key]) for key in SEEDS if key in self.options)
         return "/".join(seeds) or "unknown"
 
-    @property
+    @cached_property
     def last(self):
-        return self.rollouts[-1] if self.rollouts else None
+        """The newest value of every number, {key: value}; summary.json, written at the end, has the last word."""
+        return {key: value for line in [*self.lines, self.summary] for key, value in line.items()}
 
-    @property
+    @cached_property
     def best(self):
-        """The rollout with the largest ``training.score``."""
-        key = self.options.get("training.score", "score_mean")
-        return max(self.rollouts, key=lambda rollout: rollout.get(key, rollout["score_mean"]), default=None)
+        """The line, of those that were evaluated, with the largest ``training.score``; or None."""
+        key = self.options.get("training.score", self.kind.metrics[0].key)
+        lines = [line for line in self.lines if key in line] or [self.summary] * (key in self.summary)
+        return max(lines, key=lambda line: line[key], default=None)
 
     @property
     def steps(self):
-        return self.lines[-1]["step"] if self.lines else None
-
-    @cached_property
-    def steps_per_second(self):
-        """As logged last: the mean since the training started, validation and rollouts included."""
-        return next((line["steps_per_second"] for line in reversed(self.lines) if "steps_per_second" in line), None)
+        return self.last.get("step", self.last.get("steps"))
 
     @property
     def minutes(self):
-        """Steps at their logged rate; of a resumed run as if all had gone at the rate since then."""
-        return self.steps / self.steps_per_second / 60 if self.steps_per_second else None
+        """Steps at the mean rate logged last; of a resumed run as if all had gone at the rate since then."""
+        rate = self.last.get("steps_per_second")
+        return self.steps / rate / 60 if rate else self.last.get("training_minutes", self.last.get("minutes"))
+
+    @cached_property
+    def parameters(self):
+        """As summary.json says, or else counted in the checkpoint, its few constants included; None without any."""
+        if "parameters" in self.summary:
+            return self.summary["parameters"]
+        try:
+            with safe_open(find_checkpoint(self.summary.get("checkpoint", self.folder)), framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith("ema.")]  # noqa: SIM118 (not a dict)
+                return sum(math.prod(file.get_slice(name).get_shape()) for name in names) or None
+        except OSError:
+            return None
 
 
 def read_runs(paths):
@@ -92,7 +114,7 @@ def _folders(path):
     """``path`` if it holds something of a run or nothing at all, else those below it; links are not followed."""
     children = sorted((child for child in path.iterdir() if child.is_dir() and not child.is_symlink()), key=_natural)
     children = [child for child in children if not child.name.startswith((".", "__"))]
-    if any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl", "summary.json")) or not children:
+    if any((path / name).is_file() for name in (*CONFIGS, "metrics.jsonl", "summary.json")) or not children:
         yield path
     else:
         for child in children:
@@ -106,20 +128,30 @@ def _natural(path):
 
 def read_run(folder):
     """The run in ``folder``; raises ValueError where it is none, or has logged nothing."""
-    if (folder / "summary.json").is_file():
-        return _rollout_run(folder)
-    for name in ("config.yaml", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: got no {name}")
+    summary = read_summary(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+    if summary and not (folder / "metrics.jsonl").is_file():
+        return Run(folder, _options_of_result(summary), [], summary)
+    config = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    if config is None or not (folder / "metrics.jsonl").is_file():
+        raise ValueError(f"{folder}: got no {'metrics.jsonl' if config else 'config.yaml'}")
     lines = read_lines(folder / "metrics.jsonl")
     if not lines:
         raise ValueError(f"{folder / 'metrics.jsonl'}: got no whole line")
+    for line in lines:
+        if "score_mean" in line:
+            line |= {key: value for key, value in _rollout(folder, line).items() if key not in line}
+    return Run(folder, flatten(_read_config(config)), lines, summary)
+
+
+def _read_config(path):
     try:
-        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        loaded = OmegaConf.load(path)
     except YAMLError as error:
-        raise ValueError(f"{folder / 'config.yaml'}: got no YAML ({' '.join(str(error).split())})") from None
-    rollouts = [_rollout(folder, line) for line in lines if "score_mean" in line]
-    return Run(folder, flatten(config), lines, rollouts)
+        raise ValueError(f"{path}: got no YAML ({' '.join(str(error).split())})") from None
+    try:
+        return OmegaConf.to_container(loaded, resolve=True)
+    except OmegaConfBaseException:  # a composed one without its resolvers
+        return OmegaConf.to_container(loaded)
 
 
 def read_lines(path):
@@ -138,38 +170,38 @@ def read_lines(path):
 
 
 def _rollout(folder, line):
-    """The rollout that a line of metrics.jsonl tells of, with its summary where that was kept."""
-    rollout = folder / "rollouts" / f"epoch_{math.ceil(line['epoch']):04d}"
-    summary = read_summary(rollout / "summary.json") if (rollout / "summary.json").is_file() else {}
-    return {**summary, "step": line["step"], "folder": rollout, **{k: line[k] for k in ("score_mean", "success_rate")}}
+    """Episodes and intervals of the rollout that a line of metrics.jsonl tells of, None where they are gone."""
+    path = folder / "rollouts" / f"epoch_{math.ceil(line['epoch']):04d}" / "summary.json"
+    summary = read_summary(path) if path.is_file() else {}
+    return {key: summary.get(key) for key in sorted(ROLLOUT)}
 
 
 def read_summary(path):
-    """summary.json of a rollout; raises ValueError for another or a damaged file."""
+    """summary.json of a rollout, a test or a finished run; raises ValueError for another or a damaged file."""
     try:
         summary = json.loads(path.read_text())
-        if {"score_mean", "success_rate", "score_ci95", "success_ci95", "episodes"} <= set(summary):
+        known = kind_of(None, summary.keys()).metrics[0].key in summary
+        if known and (set(summary) >= ROLLOUT or "score_mean" not in summary):
             return summary
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         pass
-    raise ValueError(f"{path}: got another or a damaged file, allowed: summary.json of a rollout")
+    raise ValueError(f"{path}: got another or a damaged file, allowed: summary.json of a run or a test")
 
 
-def _rollout_run(folder):
-    """A folder of eval.rollout; its configuration is that of its checkpoint, where that still exists."""
-    summary = read_summary(folder / "summary.json")
-    checkpoint = summary.get("checkpoint", "unknown")
-    options = {"checkpoint": checkpoint}
-    try:
-        file = find_checkpoint(checkpoint)
-        _, config, _ = load_checkpoint(file, prefix="none")
-        name = file.stem.split("_score=")[0]  # every seed has a score of its own
-        options = {**flatten(config), "checkpoint": name}
-    except (OSError, ValueError):
-        pass
-    seeds = [row["seed"] for row in summary["episodes"]]
-    options |= {"eval.rollout.episodes": len(seeds), "eval.rollout.seed": min(seeds, default=None)}
-    return Run(folder, options, [], [{**summary, "step": None, "folder": folder}])
+def _options_of_result(summary):
+    """Options of a result without a run: those of its checkpoint, where that still exists, and what it says itself."""
+    options = {key: value for key, value in summary.items() if isinstance(value, str)}
+    if "checkpoint" in summary:
+        try:
+            file = find_checkpoint(summary["checkpoint"])
+            config = load_checkpoint(file, prefix="none")[1]
+            options |= {**flatten(config), "checkpoint": file.stem.split("_score=")[0]}  # every seed has another score
+        except (OSError, ValueError):
+            pass
+    if "episodes" in summary:
+        seeds = [row["seed"] for row in summary["episodes"]]
+        options |= {"eval.rollout.episodes": len(seeds), "eval.rollout.seed": min(seeds, default=None)}
+    return options
 
 
 def flatten(section, prefix=""):

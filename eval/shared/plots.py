@@ -51,15 +51,16 @@ def name_line_ends(axes, ends, styles):
 
 
 def spread_labels(heights, gap):
-    """Heights of labels on a logarithmic axis, moved until each is ``gap`` times the next lower one."""
-    names = sorted(heights, key=heights.get)
-    placed = dict(heights)
-    for _ in range(100):
-        for low, high in zip(names, names[1:], strict=False):
-            lacking = (gap * placed[low] / placed[high]) ** 0.5
-            if lacking > 1:
-                placed[low], placed[high] = placed[low] / lacking, placed[high] * lacking
-    return placed
+    """{name: height}, moved as little as makes each at least ``gap`` times the next lower one (isotonic regression)."""
+    names, blocks = sorted(heights, key=heights.get), []  # names that touch are a block: its heights less their gaps
+    for place, name in enumerate(names):
+        blocks.append([np.log(heights[name]) - place * np.log(gap)])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    lowered = [np.mean(block) for block in blocks for _ in block]
+    return {
+        name: float(np.exp(low + n * np.log(gap))) for n, (name, low) in enumerate(zip(names, lowered, strict=True))
+    }
 
 
 # Names of points -----------------------------------------------------------------------------------------------------
@@ -76,14 +77,11 @@ def name_points(axes, places, colours):
     texts = {name: axes.text(0, 0, name, fontsize=9, color=colours[name], va="bottom") for name in places}
     sizes = {name: text.get_window_extent() for name, text in texts.items()}
     chosen, before = {}, None
-    for _ in range(8):
-        if chosen == before:
-            break
+    while chosen != before:  # each change hides less, so that this ends
         before = dict(chosen)
-        for name in places:
+        for name, size in sizes.items():
             others = {other: box for other, box in chosen.items() if other != name}
-            boxes = _boxes_around(points[name], sizes[name].width, sizes[name].height)
-            chosen[name] = min(boxes, key=lambda box: _cost(box, name, points, others, axes.bbox.extents))  # noqa: B023
+            chosen[name] = _best_place(name, size, points, others, axes.bbox.extents)
     to_data = axes.transData.inverted()
     for name, text in texts.items():
         text.set_position(to_data.transform(chosen[name][:2]))
@@ -95,25 +93,37 @@ def name_points(axes, places, colours):
 
 def _boxes_around(point, width, height):
     """Places of a text (left, low, right, high) around ``point`` in px, nearer ones first."""
-    for distance in (9, 20, 34, 50, 68):
+    for distance in (9, 20, 34, 50, 68, 90, 115):
         for angle in np.arange(16) * np.pi / 8:
             x = point[0] + np.cos(angle) * (width / 2 + distance)
             y = point[1] + np.sin(angle) * (height / 2 + distance)
             yield (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
 
 
-def _cost(box, name, points, others, inside):
-    """What the place ``box`` of ``name`` hides, in square px, and a little for its distance from the point."""
+def _best_place(name, size, points, others, inside):
+    """The nearest place of ``name`` that hides nothing, or the one that hides least."""
+    least, found = np.inf, None
+    for box in _boxes_around(points[name], size.width, size.height):
+        hidden = _hidden(box, name, points, others, inside)
+        if hidden < least:
+            least, found = hidden, box
+        if least == 0:
+            break
+    return found
+
+
+def _hidden(box, name, points, others, inside):
+    """How much the place ``box`` of ``name`` hides of points and of ``others`` {name: place}, about in square px."""
     line = _line(points[name], box)
-    width, height = box[2] - box[0], box[3] - box[1]
-    cost = 2 * np.hypot(*(line[1] - line[0])) + 20 * (width * height - _overlap(box, inside))
-    for x, y in points.values():
+    hidden = 20 * (size := (box[2] - box[0]) * (box[3] - box[1])) - 20 * min(_overlap(box, inside), size)
+    for other, (x, y) in points.items():
         dot = (x - POINT, y - POINT, x + POINT, y + POINT)
-        cost += 4 * _overlap(box, dot) + 100 * (_on(line, dot) if (x, y) != tuple(points[name]) else 0)
+        apart = np.abs(points[other] - points[name]).max() > 2 * POINT  # else its line cannot avoid the dot
+        hidden += 10 * _overlap(box, dot) + 100 * (apart and _on(line, dot))
     for other, place in others.items():
         theirs = _line(points[other], place)
-        cost += 10 * _overlap(box, place) + 300 * (_on(line, place) + _on(theirs, box) + _cross(line, theirs))
-    return cost
+        hidden += 10 * _overlap(box, place) + 300 * (_on(line, place) + _on(theirs, box) + _cross(line, theirs))
+    return hidden
 
 
 def _line(point, box):
@@ -123,7 +133,7 @@ def _line(point, box):
 
 def _on(line, box):
     """Share of a line that lies in ``box``."""
-    along = line[0] + np.linspace(0, 1, 25)[:, None] * (line[1] - line[0])
+    along = line[0] + np.linspace(0, 1, 15)[:, None] * (line[1] - line[0])
     return ((along >= box[:2]) & (along <= box[2:])).all(axis=1).mean()
 
 

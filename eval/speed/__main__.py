@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from eval.rollout.loop import loop_options
-from eval.shared.command import command
+from eval.shared.command import Parser, command
 from eval.shared.machine import (
     check_choices,
     check_positive,
@@ -29,11 +29,13 @@ from eval.shared.machine import (
     describe_machine,
     fix_allocation,
 )
+from eval.shared.pages import markdown_page
+from eval.shared.tables import markdown_table
 from eval.speed import decode as decode_speed
 from eval.speed import load as load_speed
 from eval.speed import sample as sample_speed
 from eval.speed import train as train_speed
-from eval.speed.attention import markdown, markdown_table, measure_attention, plot
+from eval.speed.attention import markdown, measure_attention, plot
 from eval.speed.encoder import cells, measure_encoder
 from eval.speed.rollout import cells as rollout_cells
 from eval.speed.rollout import measure_rollout
@@ -117,8 +119,8 @@ def _write(args, name, title, what, settings, rows, table):
     machine = describe_machine(args.device)
     results = {"command": args.command, "machine": machine, "settings": settings, "rows": rows}
     where = f"{machine['name']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}"
-    lines = [f"# {title}", "", f"{where}, commit {machine['commit']}, {what}.", "", f"`{args.command}`", ""]
-    text = "\n".join([*lines, *markdown_table(table), ""])
+    where = f"{where}, commit {machine['commit']}, {what}."
+    text = markdown_page(title, [], intro=[where], command=args.command) + "\n".join(["", *markdown_table(table), ""])
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{name}.json").write_text(json.dumps(results, indent=1))
     (args.output / f"{name}.md").write_text(text)
@@ -128,7 +130,7 @@ def _write(args, name, title, what, settings, rows, table):
 @command
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.split("\n")[0])
+    parser = Parser("eval.speed", __doc__)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     common.add_argument("--dtype", default="float32", help=", ".join(DTYPES))
@@ -137,7 +139,8 @@ def main(argv=None):
     tokens = "patch tokens a batch, default {cpu:,} (cpu), {cuda:,} (cuda)".format(**TOKENS)
     common.add_argument("--tokens", type=int, help=tokens)
     common.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
-    commands = parser.add_subparsers(title="what is measured", metavar="WHAT", required=True)
+    parts = {"title": "what is measured", "metavar": "WHAT", "required": True}
+    commands = parser.add_subparsers(**parts, parser_class=argparse.ArgumentParser)
 
     sub = commands.add_parser("attention", parents=[common], help="Fibottention beside dense attention")
     sub.set_defaults(run=attention)

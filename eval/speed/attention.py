@@ -7,8 +7,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from eval.shared.machine import compare, free_memory
+from eval.shared.pages import Section, markdown_page
+from eval.shared.plots import mark_sizes, name_line_ends
+from eval.shared.tables import NONE, short
 from policy.attention import fibottention, fibottention_mask, wythoff_offsets
 from policy.attention.fibottention import diagonal_table, pattern_density
+from policy.training.pictures import BLACK, BLUE, GREEN, PINK, RED, SKY, new_figure, save_png
 
 DIRECTIONS = ("forward", "forward+backward")
 OURS = {"fibottention zero": "zero", "fibottention exclude": "exclude"}  # method: masked_score
@@ -19,13 +23,13 @@ NECESSARY = {"forward": 4, "forward+backward": 12}
 # (B, H, T, T) tensors alive at once in the published formula, its mask included: measured and rounded up.
 PAIR_TENSORS = {"forward": 5, "forward+backward": 6}
 CHECKED = 1568  # patches up to which the results are compared with a float64 reference
-COLOURS = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
-    "dense": "#000000",
-    "dense+mask": "#56B4E9",
-    "published": "#CC79A7",
-    "flex": "#0072B2",
-    "fibottention zero": "#D55E00",
-    "fibottention exclude": "#009E73",
+COLOURS = {
+    "dense": BLACK,
+    "dense+mask": SKY,
+    "published": PINK,
+    "flex": BLUE,
+    "fibottention zero": RED,
+    "fibottention exclude": GREEN,
 }
 
 
@@ -176,61 +180,42 @@ def markdown(results):
     """The tables of ``results`` as in attention.json."""
     rows, machine, settings = results["rows"], results["machine"], results["settings"]
     methods = [method for method in COLOURS if any(row["method"] == method for row in rows)]
-    lines = [
-        "# Speed of attention",
-        "",
+    intro = (
         f"{machine['name']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, "
         f"{settings['dtype']}, commit {machine['commit'] or 'unknown'}. {settings['heads']} heads of width "
         f"{settings['head_dim']}, variant {settings['variant']}, backend {settings['backend']}. Copying memory: "
-        f"{results['copy_gb_per_s']:.1f} GB/s, read and written.",
-        "",
-        f"`{results['command']}`",
-    ]
+        f"{results['copy_gb_per_s']:.1f} GB/s, read and written."
+    )
+    sections = []
     for direction in DIRECTIONS:
-        chosen = [row for row in rows if row["direction"] == direction]
-        table = [["patches", "batch", "density", *methods]]
-        memory = [["patches", "batch", *methods]]
-        for size in dict.fromkeys((row["patches"], row["batch"], row["density"]) for row in chosen):
-            at = {row["method"]: row for row in chosen if row["patches"] == size[0]}
-            start = [str(size[0]), str(size[1])]
-            table.append([*start, f"{size[2]:.2%}", *(_time_cell(at.get(method)) for method in methods)])
-            memory.append([*start, *(_cell(at, method, "memory_mb") for method in methods)])
-        lines += ["", f"## {direction}", "", "ms of a batch (times faster than dense)", "", *markdown_table(table)]
-        lines += ["", "Peak memory beyond the inputs, MB", "", *markdown_table(memory)]
+        at = {(row["patches"], row["method"]): row for row in rows if row["direction"] == direction}
+        sizes = dict.fromkeys((str(row["patches"]), str(row["batch"]), f"{row['density']:.2%}") for row in at.values())
+        cells = (_time_cell, "ms of a batch (times faster than dense)"), (_memory_cell, "peak MB beyond the inputs")
+        for cell, text in cells:
+            table = [["patches", "batch", "density", *methods]]
+            table += [[*size, *(cell(at.get((int(size[0]), method))) for method in methods)] for size in sizes]
+            sections.append(Section(f"{direction}: {text}", rows=table))
     ours = [["patches", "method", "direction", "GB/s", "of copying", "largest error"]]
     for row in rows:
         if "gb_per_s" in row:
             error = f"{row['max_error']:.1e}" if "max_error" in row else "not checked"
             cells = [f"{row['gb_per_s']:.3g}", f"{row['share_of_copy']:.1%}", error]
             ours.append([str(row["patches"]), row["method"], row["direction"], *cells])
-    explanation = "Bytes that must be read and written once, over the time; above 100 % the caches hold them."
-    lines += ["", "## Distance to the limit", "", explanation, "", *markdown_table(ours)]
-    notes = [f"* {r['patches']} patches, {r['direction']}, {r['method']}: {r['note']}" for r in rows if r["note"]]
-    return "\n".join([*lines, *(["", *notes] if notes else []), ""])
-
-
-def markdown_table(cells):
-    """Rows of text as lines of Markdown, aligned so that they also read well in a terminal."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return [lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]]
+    text = "Bytes that must be read and written once, over the time; above 100 % the caches hold them."
+    notes = [f"{r['patches']} patches, {r['direction']}, {r['method']}: {r['note']}" for r in rows if r["note"]]
+    sections.append(Section("Distance to the limit", text, ours, notes))
+    return markdown_page("Speed of attention", sections, intro=[intro], command=results["command"])
 
 
 def _time_cell(row):
     if row is None or row["ms"] is None:
-        return "–"
+        return NONE
     ratio = f" ({_ratio(row)})" if row["ratio"] and row["method"] != "dense" else ""
     return f"{short(row['ms'])}{ratio}"
 
 
-def _cell(at, method, key):
-    value = at[method][key] if method in at else None
-    return "–" if value is None else short(value)
-
-
-def short(number):
-    """Three digits, without an exponent."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}" if number >= 0.01 else f"{number:.4f}"
+def _memory_cell(row):
+    return short(row and row["memory_mb"])
 
 
 def _ratio(row):
@@ -239,57 +224,31 @@ def _ratio(row):
 
 def plot(results, path):
     """Write a picture of ms against patches: a panel a direction, a line a method, named at its end."""
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
-
     rows = [row for row in results["rows"] if row["ms"]]
-    figure = Figure(figsize=(13, 5.4), layout="constrained")
+    figure = new_figure(13, 5.6)
     machine, settings = results["machine"], results["settings"]
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    threads = f", {machine['threads']} thread{'s' * (machine['threads'] > 1)}" if machine["device"] == "cpu" else ""
     figure.suptitle(
         f"One batch of about {settings['tokens']:,} patch tokens; in bold: how many times faster than dense\n"
-        f"{machine['name']}{', ' + threads if machine['device'] == 'cpu' else ''}, {settings['dtype']}, "
-        f"{settings['heads']} heads of width {settings['head_dim']}, variant {settings['variant']}, "
-        f"backend {settings['backend']}",
+        f"{machine['name']}{threads}, {settings['dtype']}, {settings['heads']} heads of width {settings['head_dim']}, "
+        f"variant {settings['variant']}, backend {settings['backend']}",
         fontsize=11,
     )
-    for axes, direction in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS, strict=True):
-        lines = {m: [r for r in rows if r["direction"] == direction and r["method"] == m] for m in COLOURS}
-        lines = {method: line for method, line in lines.items() if line}
-        patches = settings["patches"]
-        axes.set(title=direction, xlabel="patches N", ylabel="ms", xscale="log", yscale="log")
-        axes.set_xticks(patches, [str(n) for n in patches], rotation=45)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.tick_params(axis="x", which="minor", bottom=False)
-        axes.grid(alpha=0.3)
-        for method, line in lines.items():
-            points = ([row["patches"] for row in line], [row["ms"] for row in line])
-            width = 2.6 if method in OURS else 1.4
-            axes.plot(*points, marker="o", color=COLOURS[method], linewidth=width, markersize=4)
-        # A twentieth of the axis, which both panels share.
-        gap = (max(row["ms"] for row in rows) / min(row["ms"] for row in rows)) ** 0.055
-        for method, height in spread_labels({method: line[-1]["ms"] for method, line in lines.items()}, gap).items():
-            last = lines[method][-1]
-            ours = method in OURS and last["ratio"]
-            axes.annotate(
-                f"{method}  {_ratio(last)}" if ours else method,
-                (last["patches"], last["ms"]),
-                (patches[-1] * max(patches[-1] / patches[0], 1.5) ** 0.08, height),
-                color=COLOURS[method],
-                va="center",
-                fontweight="bold" if ours else "normal",
-                arrowprops={"arrowstyle": "-", "color": COLOURS[method], "linewidth": 0.7, "shrinkB": 4},
-                annotation_clip=False,
-            )
-    figure.savefig(path, dpi=110)
-
-
-def spread_labels(heights, gap):
-    """Heights of labels on a logarithmic axis, moved until each is ``gap`` times the next lower one."""
-    names = sorted(heights, key=heights.get)
-    placed = dict(heights)
-    for _ in range(100):
-        for low, high in zip(names, names[1:], strict=False):
-            lacking = (gap * placed[low] / placed[high]) ** 0.5
-            if lacking > 1:
-                placed[low], placed[high] = placed[low] / lacking, placed[high] * lacking
-    return placed
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, direction in zip(panels, DIRECTIONS, strict=True):
+        mark_sizes(axes, settings["patches"], "patches N")
+        axes.set_title(direction)
+        for method, colour in COLOURS.items():
+            line = [row for row in rows if row["direction"] == direction and row["method"] == method]
+            points = [row["patches"] for row in line], [row["ms"] for row in line]
+            dash, width = "--" if "exclude" in method else "-", 2.4 if method in OURS else 1.4  # two of ours coincide
+            axes.plot(*points, marker="o", color=colour, linestyle=dash, linewidth=width, markersize=4)
+    for axes, direction in zip(panels, DIRECTIONS, strict=True):  # once both have the limits of their common axis
+        last = {row["method"]: row for row in rows if row["direction"] == direction}
+        styles = {}
+        for method, row in last.items():
+            bold = method in OURS and row["ratio"]
+            styles[method] = {"color": COLOURS[method], "fontweight": "bold" if bold else "normal"}
+            styles[method] |= {"text": f"{method}  {_ratio(row)}"} if bold else {}
+        name_line_ends(axes, {method: (row["patches"], row["ms"]) for method, row in last.items()}, styles)
+    save_png(figure, path)

@@ -5,6 +5,7 @@ import torch
 from tqdm import tqdm
 
 from eval.shared.machine import compare
+from eval.shared.tables import show
 from policy.encoder.vit import ViTEncoder
 
 DIRECTIONS = ("forward", "forward+backward")
@@ -52,11 +53,10 @@ def measure_encoder(*, images, patch_size, arch, variant, tokens, device, dtype,
 
 def cells(rows):
     """Cells of the Markdown table: a row an image size and direction."""
-    lines = [
-        ["image", "patches", "batch", "direction", "timm, ms", "fibottention, ms", "times faster", "MB", "MB, ours"]
-    ]
+    head = ["image", "patches", "batch", "direction", "timm, ms", "fibottention, ms", "times faster", "MB", "MB, ours"]
+    lines = [head]
     for dense, ours in zip(rows[::2], rows[1::2], strict=True):
-        memory = ["–" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}" for row in (dense, ours)]
+        memory = [show(row["memory_mb"], ",.0f") for row in (dense, ours)]
         times = [f"{row['ms']:,.0f}" for row in (dense, ours)]
         size = [str(dense[key]) for key in ("image", "patches", "batch", "direction")]
         lines.append([*size, *times, f"{ours['ratio']:.2f}", *memory])

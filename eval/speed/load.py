@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from eval.shared.compose import compose, locate_data
 from eval.shared.machine import check_choices, check_positive, peak_memory, resident_memory
+from eval.shared.tables import show
 from eval.speed.reference import PlainDataset
 from policy.build import datasets_of
 from policy.dataset import epoch_order
@@ -154,17 +155,13 @@ def measure_load(config, path, *, storages, **settings):
 def cells(rows):
     """Cells of the Markdown table, a row a method."""
     keys = {
-        "first_s": ("first batch, s", 2),
-        "imports_s": ("imports, s", 1),
-        "samples_per_s": ("samples/s", 0),
-        "ratio": ("times faster", 2),
-        "kb_per_sample": ("kB a sample", 1),
-        "resident_mb": ("resident, MB", 0),
-        "peak_mb": ("peak, MB", 0),
+        "first_s": ("first batch, s", ",.2f"),
+        "imports_s": ("imports, s", ",.1f"),
+        "samples_per_s": ("samples/s", ",.0f"),
+        "ratio": ("times faster", ",.2f"),
+        "kb_per_sample": ("kB a sample", ",.1f"),
+        "resident_mb": ("resident, MB", ",.0f"),
+        "peak_mb": ("peak, MB", ",.0f"),
     }
-    lines = [["method", *(title for title, _ in keys.values())]]
-    for row in rows:
-        lines.append(
-            [row["method"], *("–" if row[key] is None else f"{row[key]:,.{n}f}" for key, (_, n) in keys.items())]
-        )
-    return lines
+    head = ["method", *(title for title, _ in keys.values())]
+    return [head, *([row["method"], *(show(row[key], form) for key, (_, form) in keys.items())] for row in rows)]

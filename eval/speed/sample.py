@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from eval.shared.compose import compose
 from eval.shared.machine import check_positive, compare, multiply_rate, read_bandwidth
+from eval.shared.tables import show
 from eval.speed.reference import plain_condition, plain_loop, plain_policy, plain_sample, sharing
 from policy.build import build_model
 from policy.checkpoint import load_policy
@@ -211,10 +212,7 @@ def cells(rows):
 
 def time_cells(row):
     """[ms, times faster, MB] of a row of ``compare``."""
-    return [
-        "–" if row[key] is None else f"{row[key]:,.{digits}f}"
-        for key, digits in (("ms", 1), ("ratio", 2), ("memory_mb", 0))
-    ]
+    return [show(row[key], form) for key, form in (("ms", ",.1f"), ("ratio", ",.2f"), ("memory_mb", ",.0f"))]
 
 
 def share_cell(share):

@@ -11,14 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eval.shared.compose import locate_data
 from eval.shared.machine import check_positive, compare, multiply_rate
+from eval.shared.tables import show
 from eval.speed.reference import PlainDataset, plain_loss, plain_policy, plain_training_step, sharing
 from eval.speed.sample import PRECISIONS, random_policy, share_cell, time_cells
 from policy.build import datasets_of
 from policy.dataset import epoch_order
 from policy.dataset.features import cache_features, place_buffer
+from policy.training.batches import to_tensors
 from policy.training.ema import EMA
 from policy.training.hashing import hashed_uniform
-from policy.training.batches import to_tensors
 
 EPISODES = 40  # hold windows enough for a batch, and a frozen encoder has seen them soon
 PROFILED = 5  # steps
@@ -211,7 +212,7 @@ def cells(rows):
     """Cells of the Markdown table, a row a method."""
     lines = [["method", "ms", "times faster", "MB", "samples/s", "of GEMM rate", "GPU busy", "loss"]]
     for row in rows:
-        rate = "–" if row["samples_per_s"] is None else f"{row['samples_per_s']:,.1f}"
+        rate = show(row["samples_per_s"], ",.1f")
         shares = [share_cell(row[key]) for key in ("share_of_multiplying", "gpu_busy")]
         lines.append([row["method"], *time_cells(row), rate, *shares, f"{row['loss']:.5f}"])
     return lines

@@ -5,6 +5,8 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from policy.files import write_whole
+
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = PALETTE  # Okabe and Ito's, which colour-blind readers can tell apart
 GREY = "#5F6B76"  # of what explains
@@ -17,6 +19,18 @@ def new_figure(width, height):
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display; imported late, for it takes a while
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def set_scale(axes, scale):
+    """The y axis: "share" shows all of 0 to 1, "log" what its limits say with readable numbers, or "linear"."""
+    if scale == "share":
+        axes.set(ylim=(-0.03, 1.03), yticks=[0, 0.25, 0.5, 0.75, 1])
+    elif scale == "log":
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if high < 1e3 * low else (1,))
+        axes.yaxis.set_minor_formatter("")
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def png_of(picture, *, dpi=130, colours=None):
@@ -35,10 +49,7 @@ def png_of(picture, *, dpi=130, colours=None):
 
 def save_png(picture, path, **options):
     """Write a figure or a PIL image whole or not at all, options as of ``png_of``; returns ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(png_of(picture, **options))
-    partial.replace(path)
+    write_whole(path, png_of(picture, **options))
     return path
 
 
@@ -68,25 +79,27 @@ def picture_rows(rows, *, caption="", side=144):
             draw.rectangle([x - 1, top + above - 1, x + image.width, top + above + image.height], outline="#B8C0C8")
             text, colour = (title, GREY) if isinstance(title, str) else title
             for number, line in enumerate(reversed(text.split("\n"))):
-                place = (x + image.width / 2, top + above - 4 - 16 * number)
-                draw.text(place, _cut(line, small, image.width), fill=colour, font=small, anchor="mb")
+                place = (x + image.width / 2, top + above - 7 - 16 * number)
+                draw.text(place, _cut(line, small, image.width), fill=colour, font=small, anchor="ms")
             x += image.width + GAP
         top += _height((label, images, titles))
-    return _with_caption(canvas, caption, small)
+    return _with_caption(canvas, caption)
 
 
-def _with_caption(picture, caption, font):
-    lines, line = [], ""
+def _with_caption(picture, caption):
+    """``picture`` above the words of ``caption``, which are larger below a wide one."""
+    if not caption:
+        return picture
+    size = min(max(picture.width // 95, 13), 22)
+    font, lines = _font(size), [""]
     for word in caption.split():
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > picture.width - 2 * GAP:
-            lines.append(line)
-            longer = word
-        line = longer
-    lines += [line] if line else []
-    canvas = Image.new("RGB", (picture.width, picture.height + 18 * len(lines) + (GAP if lines else 0)), "white")
+        longer = f"{lines[-1]} {word}".strip()
+        fits = font.getlength(longer) <= picture.width - 2 * GAP
+        lines = [*lines[:-1], longer] if fits or not lines[-1] else [*lines, word]
+    canvas = Image.new("RGB", (picture.width, picture.height + round(1.5 * size * len(lines)) + GAP), "white")
     canvas.paste(picture)
-    ImageDraw.Draw(canvas).multiline_text((GAP, picture.height), "\n".join(lines), fill=GREY, font=font, spacing=3)
+    words = "\n".join(lines)
+    ImageDraw.Draw(canvas).multiline_text((GAP, picture.height), words, fill=GREY, font=font, spacing=size // 4)
     return canvas
 
 

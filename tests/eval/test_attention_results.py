@@ -2,9 +2,9 @@
 
 import csv
 
-from eval.attention.page import html_page
+from eval.attention.page import pages
 from eval.attention.plots import line_styles
-from eval.attention.tables import Results, csv_text, markdown, notes, tables
+from eval.attention.tables import Results, csv_text, notes, tables
 
 ROW = {"direction": "forward", "batch": 1, "repeats": 3, "skipped": None}
 ERROR = {"std": 0.0, "layers": [0.5, 0.7], "causal": False, "trainable": False}
@@ -92,11 +92,11 @@ def test_csv_has_a_line_for_each_measurement():
 
 
 def test_the_page_is_whole_and_escaped():
-    page = html_page(results(), {"latency.png": b"png"})
+    page, text = pages(results(), {"latency.png": b"png"})
     assert "<title>Attention mechanisms side by side</title>" in page and "A &lt;CPU&gt;" in page
     assert "data:image/png;base64,cG5n" in page and "http" not in page and "src='data:" in page
     assert all(f"<h2>{title}</h2>" in page for title, _, _ in tables(results())) and "rank 4" in page
-    assert "slower than softmax" in page and "slower than softmax" in markdown(results())
+    assert "slower than softmax" in page and "slower than softmax" in text
 
 
 def test_lines_of_a_picture_can_be_told_apart():
