@@ -7,7 +7,13 @@ from policy.registry import Registry
 
 __all__ = ["build_denoiser", "list_denoisers"]
 
-DENOISERS = Registry("denoiser", __name__, {"unet1d": "unet1d:ConditionalUNet1D"})
+DENOISERS = Registry(
+    "denoiser",
+    __name__,
+    {
+        "unet1d": "unet1d:ConditionalUNet1D",
+    },
+)
 
 
 def list_denoisers():

@@ -10,7 +10,13 @@ from policy.registry import Registry
 __all__ = ["build_encoder", "list_encoders"]
 
 ENCODERS = Registry(
-    "encoder", __name__, {"pvt_v2": "pvt:PVTEncoder", "resnet18": "resnet:ResNet18Encoder", "vit": "vit:ViTEncoder"}
+    "encoder",
+    __name__,
+    {
+        "pvt_v2": "pvt:PVTEncoder",
+        "resnet18": "resnet:ResNet18Encoder",
+        "vit": "vit:ViTEncoder",
+    },
 )
 
 
