@@ -3,7 +3,7 @@
 import json
 from fnmatch import filter as matching
 
-from policy.training.pictures import PALETTE, new_figure, save_png
+from policy.training.pictures import PALETTE, new_figure, save_png, set_scale
 
 PANELS = (  # label of the axis, patterns of keys of metrics.jsonl, scale
     ("loss", ("train_loss", "val_loss", "test_loss"), "log"),
@@ -41,10 +41,10 @@ def plot_curves(run_dir):
     columns = 2 if len(panels) == 4 else min(len(panels), ACROSS)
     rows = -(-len(panels) // columns)
     figure = new_figure(4.4 * columns, 3.5 * rows)
-    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, panel in zip(all_axes, panels, strict=False):
         _draw(axes, lines, *panel)
-    for axes in list(all_axes)[len(panels) :]:
+    for axes in all_axes[len(panels) :]:
         axes.axis("off")
     return save_png(figure, run_dir / "curves.png")
 
@@ -58,17 +58,11 @@ def _draw(axes, lines, label, keys, scale):
         axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=3.5, linewidth=1.5)
     last = lines[-1]
     axes.set(xlabel="step", ylabel=label, xlim=(0, 1.02 * last["step"]))
-    if scale == "share":
-        axes.set(ylim=(-0.03, 1.03), yticks=[0, 0.25, 0.5, 0.75, 1])
-    elif scale == "log":
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter("")
-        low, high = axes.get_ylim()
-        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if high < 1e3 * low else (1,))
-    axes.yaxis.set_major_formatter("{x:g}")
+    set_scale(axes, scale)
     if last.get("epoch"):
         rate = last["step"] / last["epoch"]
-        axes.secondary_xaxis("top", functions=(lambda step: step / rate, lambda epoch: epoch * rate)).set_xlabel("epoch")
+        above = axes.secondary_xaxis("top", functions=(lambda step: step / rate, lambda epoch: epoch * rate))
+        above.set_xlabel("epoch")
     axes.grid(alpha=0.3)
     if keys != ["lr"]:
         axes.legend(frameon=False, fontsize=9)
