@@ -9,9 +9,10 @@ import torch
 import zarr
 from trained import assert_identical, everything, start
 
-from policy.build import build_datasets, build_model, cache_features, extend_dataset, place_buffer
+from policy.build import build_model, data_sources, datasets_of
 from policy.dataset import ReplayBuffer
-from policy.training.trainer import to_tensors
+from policy.dataset.features import cache_features, extend_dataset, place_buffer
+from policy.training.batches import to_tensors
 
 DECODER = {**tiny.DECODER, "every": 2}
 
@@ -65,7 +66,7 @@ def test_use_episodes_is_a_data_set_of_these():
         other = tiny.window_data(config, buffer, episodes=episodes)
         assert np.array_equal(data.windows, other.windows) and data.episodes.tolist() == episodes
         assert len(data) == len(other) and same(data.batch(np.arange(3)), other.batch(np.arange(3)))
-    with pytest.raises(ValueError, match="horizon: got 8, allowed"):
+    with pytest.raises(ValueError, match="horizon"):
         data.use_episodes([])
 
 
@@ -130,7 +131,7 @@ def stored(tmp_path, *, storage="ram"):
     for key, spec in config["task"]["shape_meta"]["obs"].items():
         spec["source"] = key
     config["task"]["shape_meta"]["action"]["source"] = "action"
-    config |= {"storage": storage, "cache_dir": str(tmp_path / "cache"), "seed": 0}
+    config |= {"storage": storage, "cache_dir": str(tmp_path / "cache"), "seed": 0, "device": "cpu"}
     config["data"] = {"val_ratio": 0.3, "max_train_episodes": None, "pad_after": 3}
     first, second = tiny.replay_buffer(), tiny.replay_buffer(lengths=(8, 11), seed=1)
     both = copy_of(first)
@@ -144,7 +145,7 @@ def test_an_extended_data_set_equals_one_of_both(tmp_path, cached, storage):
     config, first, second, both = stored(tmp_path, storage=storage)
     torch.manual_seed(0)
     policy = build_model(config).eval()
-    train, val = build_datasets(config, first)
+    train, val = datasets_of(config, first)
     policy.fit_normalizer(train)
     held_out = val.batch(np.arange(len(val)))
     if cached:
@@ -153,11 +154,12 @@ def test_an_extended_data_set_equals_one_of_both(tmp_path, cached, storage):
         assert "image" not in train.buffer.arrays and "features" in held_out["obs"]
     place_buffer(train.buffer, storage, "cpu")
     episodes = train.episodes.tolist()
-    extend_dataset(train, second, config=config, policy=policy)
+    options = {"sources": data_sources(config["task"]["shape_meta"]), "policy": policy}
+    extend_dataset(train, second, **options)
     assert train.episodes.tolist() == [*episodes, 3, 4] and train.buffer is val.buffer
     assert same(to_tensors(val.batch(np.arange(len(val))), "cpu"), to_tensors(held_out, "cpu"))
 
-    whole, _ = build_datasets({**config, "storage": "ram"}, both)
+    whole, _ = datasets_of({**config, "storage": "ram"}, both)
     whole.use_episodes(train.episodes)
     if cached:
         cache_features(policy, [whole], batch_size=7)
@@ -166,17 +168,17 @@ def test_an_extended_data_set_equals_one_of_both(tmp_path, cached, storage):
     if cached:
         torch.testing.assert_close(got["obs"].pop("features"), expected["obs"].pop("features"))
     assert same(got, expected)
-    extend_dataset(train, first, config=config, policy=policy)
+    extend_dataset(train, first, **options)
     assert train.episodes.tolist() == [*episodes, 3, 4, 5, 6, 7] and train.buffer.num_frames == 31 + 19 + 31
 
 
 def test_auto_maps_files_where_there_is_no_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config, first, *_ = stored(tmp_path, storage="auto")
-    train, _ = build_datasets({**config, "device": "auto"}, first)
+    train, _ = datasets_of({**config, "device": "auto"}, first)
     assert all(isinstance(array, np.memmap) for array in train.buffer.arrays.values())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    train, _ = build_datasets({**config, "device": "auto"}, first)
+    train, _ = datasets_of({**config, "device": "auto"}, first)
     assert not any(isinstance(array, np.memmap) for array in train.buffer.arrays.values())
     place_buffer(train.buffer, "auto", "cpu")  # stays where it is
     assert not any(isinstance(array, torch.Tensor) for array in train.buffer.arrays.values())
