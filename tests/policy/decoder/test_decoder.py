@@ -18,7 +18,6 @@ from policy.dataset.features import cache_features
 from policy.decoder import build_decoder, list_decoders
 from policy.decoder.parts import position_code
 from policy.training.batches import to_tensors
-from policy.training.pictures import write_reconstructions
 from policy.training.run_folder import RunFolder
 
 TYPES = [name for name in list_decoders() if name != "none"]
@@ -420,22 +419,7 @@ def test_a_decoder_learns(name):
     assert policy(batch, randomness)["decode_image"] < 0.1 * first
 
 
-# Pictures, curves and checkpoints --------------------------------------------------------------------------------
-
-
-def test_pictures_show_pairs_of_the_last_step(tmp_path):
-    """Observed above reconstructed, camera by camera; columns: windows in their order."""
-    reds = torch.arange(1.0, 13).reshape(4, 3) / 6 - 1  # each image has one colour, which no letter has
-    images = torch.full((4, 3, 2, 3, 6, 6), -1.0)  # (row, B, To, 3, h, w)
-    images[:, :, 1, 0] = reds[..., None, None]
-    path = tmp_path / "deeper" / "picture.png"
-    write_reconstructions(path, {"one": tuple(images[:2]), "two": tuple(images[2:])})
-    pixels = np.asarray(Image.open(path).convert("RGB"))
-    colours = [[round((red + 1) * 127.5), 0, 0] for red in reds.flatten().tolist()]
-    corners = [np.argwhere((pixels == colour).all(axis=2)).min(axis=0) for colour in colours]
-    places = np.array(corners).reshape(4, 3, 2)
-    assert (np.diff(places[..., 0], axis=0) > 0).all() and (np.diff(places[..., 0], axis=1) == 0).all()
-    assert (np.diff(places[..., 1], axis=1) > 0).all()
+# Pictures and checkpoints -------------------------------------------------------------------------------------------
 
 
 def test_a_run_folder_writes_pictures_only_where_it_may(tmp_path):

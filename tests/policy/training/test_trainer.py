@@ -1,7 +1,6 @@
 """The trainer: exact resume, the optimizer step by hand, checkpoints, signals, and every ``training`` option."""
 
 import copy
-import json
 import math
 import os
 import shutil
@@ -17,7 +16,6 @@ import torch
 from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from paths import ROOT
-from PIL import Image
 from torch import nn
 from trained import assert_identical, everything, start
 
@@ -27,7 +25,7 @@ from policy.checkpoint import load_checkpoint
 from policy.dataset import FrameDataset, epoch_order
 from policy.training import run_folder
 from policy.training.batches import to_tensors
-from policy.training.curves import plot_curves, read_metrics
+from policy.training.curves import read_metrics
 from policy.training.optim import cosine_schedule
 from policy.training.processes import uses_cpu
 from policy.training.trainer import Trainer
@@ -756,27 +754,6 @@ def test_second_signal_does_not_wait(tmp_path):
         run.fit()
     assert stop.value.code == 143 and run.step == 3
     assert not (tmp_path / "checkpoints").exists()
-
-
-# Curves ------------------------------------------------------------------------------------------------------------
-
-
-def test_curves(tmp_path):
-    """One panel for each group of metrics that the run has; nothing to draw is not an error."""
-    sizes = []
-    for lines in (
-        [{"step": 1, "train_loss": 1.0, "lr": 1e-4}, {"step": 2, "train_loss": 0.5, "lr": 2e-4, "val_loss": 0.6}],
-        [{"step": 1, "train_loss": 1.0, "train_px": 3.0, "score_mean": 0.1, "lr": 1e-4}],
-    ):
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert plot_curves(tmp_path) == tmp_path / "curves.png"
-        with Image.open(tmp_path / "curves.png") as image:
-            assert image.format == "PNG" and np.asarray(image).std() > 10
-            sizes.append(image.width * image.height)
-    assert sizes[1] > 1.5 * sizes[0]
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5}\n')
-    (tmp_path / "curves.png").unlink()
-    assert plot_curves(tmp_path) is None and not (tmp_path / "curves.png").exists()
 
 
 def test_a_run_draws_its_curves(tmp_path, monkeypatch):
