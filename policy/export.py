@@ -151,6 +151,7 @@ def loop_numbers(policy):
     }
 
 
+@torch.enable_grad()  # gradients tell which weights a part reads
 def _parts(policy, batch):
     """{part: (module, example inputs, names of the inputs, name of the output)}."""
     obs = {key: torch.zeros(batch, policy.obs_steps, *shape) for key, shape in policy.encoder.shapes.items()}

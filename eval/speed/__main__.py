@@ -4,6 +4,7 @@
     python -m eval.speed encoder
     python -m eval.speed rollout --checkpoint RUN_OR_FILE
     python -m eval.speed sample                          (or --checkpoint RUN_OR_FILE)
+    python -m eval.speed runtimes                        (minutes of compiling)
     python -m eval.speed train
     python -m eval.speed load --data human
     python -m eval.speed decode                          pictures and videos of the classification benchmarks
@@ -33,6 +34,7 @@ from eval.shared.pages import markdown_page
 from eval.shared.tables import markdown_table
 from eval.speed import decode as decode_speed
 from eval.speed import load as load_speed
+from eval.speed import runtimes as runtimes_speed
 from eval.speed import sample as sample_speed
 from eval.speed import train as train_speed
 from eval.speed.attention import markdown, measure_attention, plot
@@ -42,10 +44,14 @@ from eval.speed.rollout import measure_rollout
 from policy.attention.fibottention import BACKENDS, VARIANTS
 from policy.checkpoint import load_policy
 
-PLAIN = {  # beside the plain way of eval/speed/reference.py
-    "sample": (sample_speed, "drawing action chunks"),
-    "train": (train_speed, "a training step"),
-    "load": (load_speed, "loading demonstrations"),
+PLAIN = ("sample", "train", "load")  # beside the plain way of eval/speed/reference.py
+ON_CPU = ("runtimes", "decode")
+WITH_OPTIONS = {
+    "sample": (sample_speed, "drawing action chunks, beside a plain loop over diffusers' scheduler"),
+    "runtimes": (runtimes_speed, "a policy on a CPU, beside torch, torch.compile and onnxruntime"),
+    "train": (train_speed, "a training step, beside the plain way with diffusers and timm"),
+    "load": (load_speed, "loading demonstrations, beside a DataLoader"),
+    "decode": (decode_speed, "decoding and augmentation by the number of processes"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 PATCHES = [100, 196, 576, 784, 1568, 3136, 6272]
@@ -171,21 +177,17 @@ def main(argv=None):
     sub.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
     sub.add_argument("--output", type=Path, default=Path("speed/rollout"), help="folder, default speed/rollout")
 
-    for name, (module, title) in PLAIN.items():
-        sub = commands.add_parser(name, help=f"{title}, beside the plain way with diffusers, timm and a DataLoader")
+    for name, (module, title) in WITH_OPTIONS.items():
+        sub = commands.add_parser(name, help=title)
         sub.set_defaults(run=lambda args, module=module: _write(args, *module.run(args)))
         module.add_options(sub)
-        sub.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration")
+        if name in PLAIN:
+            sub.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration")
         sub.add_argument("--seconds", type=float, default=10, help="time of one comparison, roughly; default 10")
-        sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+        device = "cpu" if name in ON_CPU else "auto"
+        sub.add_argument("--device", default=device, help=f"{device} (default), cpu or cuda")
         sub.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
         sub.add_argument("--output", type=Path, default=Path("speed") / name, help=f"folder, default speed/{name}")
-
-    sub = commands.add_parser("decode", help="decoding and augmentation by the number of processes")
-    sub.set_defaults(run=lambda args: _write(args, *decode_speed.run(args)), device="cpu", threads=None)
-    decode_speed.add_options(sub)
-    sub.add_argument("--seconds", type=float, default=5, help="time of one measurement, roughly; default 5")
-    sub.add_argument("--output", type=Path, default=Path("speed/decode"), help="folder, default speed/decode")
 
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "-m", "eval.speed", *argv])

@@ -7,11 +7,11 @@ exact, since a block's FiLM is a sum of the two. The numbers of the sampler are 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from policy.kernels.unet1d import PackedUNet, why_not
+from policy.kernels.unet1d import PackedUNet, unsupported
 
 
 class DenoisingLoop:
-    """Runs a denoiser (ConditionalUNet1D) over sampling steps (policy.denoiser.samplers.Step).
+    """Runs a denoiser (policy.denoiser.base) over sampling steps (policy.denoiser.samplers.Step).
 
     clip: clean actions are clipped to [-1, 1]. packed_weights: None, or how the CPU kernels for few rows hold the
     weights, "float32" or "bfloat16" (policy.kernels.unet1d). cuda_graph: capture the loop once for each batch size.
@@ -69,7 +69,7 @@ class DenoisingLoop:
 
     def _fastest(self, denoiser, start):
         """The function (x, films) -> prediction that is fastest here for as many rows."""
-        if self.packed_weights is None or why_not(denoiser, start) is not None:
+        if self.packed_weights is None or unsupported(denoiser, start) is not None:
             return denoiser.denoise
         if self._packed is None or self._packed.weights != self.packed_weights:
             self._packed = PackedUNet(denoiser, weights=self.packed_weights)

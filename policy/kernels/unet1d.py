@@ -238,7 +238,7 @@ class _Plan:
 # The U-Net -------------------------------------------------------------------------------------------------------
 
 
-def why_not(unet, actions):
+def unsupported(unet, actions):
     """Why ``PackedUNet`` cannot stand in for ``unet.denoise`` at actions (B, T, Da), in words, or None."""
     if not isinstance(unet, ConditionalUNet1D):
         return f"denoiser: got {type(unet).__name__}, allowed: ConditionalUNet1D"

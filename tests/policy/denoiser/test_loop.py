@@ -1,11 +1,13 @@
 """The denoising loop: what it computes once follows the weights, and draws are those of diffusers."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from policies import fitted, observations, seeded
 
-from policy.denoiser.loop import GraphedCall
+from policy.denoiser.loop import GraphedCall, Weights
 from policy.denoiser.samplers import SAMPLERS, diffusers_scheduler
 from policy.training.batches import to_tensors
 
@@ -104,6 +106,21 @@ def test_what_is_kept_follows_the_precision_of_inference():
     torch.testing.assert_close(rough, exact, rtol=0, atol=5)  # of actions up to 50
     policy.set_inference()
     assert torch.equal(chunk_of(policy), exact)
+
+
+def test_replaced_and_moved_weights_are_noticed():
+    model = fitted()[0].denoiser
+    weights = Weights(model)
+    assert weights.are_those_of(model) and not weights.are_those_of(copy.deepcopy(model))
+    before = model.out[1].bias
+    model.out[1].bias = torch.nn.Parameter(before.data)  # the same numbers in the same memory
+    with torch.no_grad():
+        while model.out[1].bias._version < before._version:
+            model.out[1].bias.add_(1)
+    assert not weights.are_those_of(model)
+    weights = Weights(model)
+    model.double().float()
+    assert not weights.are_those_of(model)
 
 
 def test_packed_weights_may_be_chosen_at_any_time():

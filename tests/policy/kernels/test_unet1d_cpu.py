@@ -1,4 +1,4 @@
-"""The U-Net's CPU kernels against torch: float64, then exact properties (threads, copies, staleness)."""
+"""The U-Net's CPU kernels against torch: float64, then exact properties (threads, tiles, copies)."""
 
 import copy
 
@@ -6,12 +6,10 @@ import numba.core.caching
 import pytest
 import torch
 
-from policy.denoiser.loop import Weights
 from policy.denoiser.unet1d import ConditionalUNet1D
-from policy.kernels import compile as numba_compile
 from policy.kernels import unet1d as unet1d_cpu
 from policy.kernels import unet1d_numba as unet1d_kernels
-from policy.kernels.unet1d import PackedUNet, why_not
+from policy.kernels.unet1d import PackedUNet, unsupported
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -22,8 +20,8 @@ def without_gradients():
         yield
 
 
-def unet(**options):
-    torch.manual_seed(0)
+def unet(*, seed=0, **options):
+    torch.manual_seed(seed)
     defaults = {"action_dim": 2, "condition_dim": 7, "widths": [12, 20], "kernel_size": 3, "groups": 4, "step_dim": 8}
     model = ConditionalUNet1D(**{**defaults, **options}).eval()
     for parameter in model.parameters():  # normalisations too: they begin as ones and zeros
@@ -140,11 +138,6 @@ def test_without_openmp_one_thread_does_it_all(monkeypatch):
     assert torch.equal(packed.denoise(actions, films), expected)
 
 
-def test_openmp_is_that_of_torch(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-    assert numba_compile.openmp.__wrapped__() == (None, 0)
-
-
 def test_kernels_compile_without_a_folder_to_keep_them_in(monkeypatch):
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
     assert unet1d_kernels.compile_tile.__wrapped__(1, 1, 1, 0) != 0
@@ -170,37 +163,6 @@ def test_tiles_fit_the_registers_and_the_work(monkeypatch):
                 assert steps % rows == 0 and blocks % width == 0 and rows * width <= most
 
 
-def test_packed_weights_are_a_copy_and_changes_are_noticed():
-    model = unet()
-    actions, films = inputs(model)
-    packed = PackedUNet(model)
-    before, weights = packed.denoise(actions, films), Weights(model)
-    assert weights.are_those_of(model) and not weights.are_those_of(copy.deepcopy(model))
-    model.load_state_dict(unet(kernel_size=3).state_dict())
-    assert not weights.are_those_of(model)
-    packed, weights = PackedUNet(model), Weights(model)
-    with torch.enable_grad():
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        model.denoise(actions, films).square().mean().backward()
-        optimizer.step()
-    assert not weights.are_those_of(model)
-    assert torch.equal(packed.denoise(actions, films), before)
-    assert error(model, PackedUNet(model), actions, films) < 5e-6
-
-
-def test_replaced_parameters_and_memory_are_noticed():
-    model = unet()
-    weights = Weights(model)
-    before = model.out[1].bias
-    model.out[1].bias = torch.nn.Parameter(before.data)
-    while model.out[1].bias._version < before._version:
-        model.out[1].bias.add_(1)
-    assert not weights.are_those_of(model)
-    weights = Weights(model)
-    model.double().float()
-    assert not weights.are_those_of(model)
-
-
 def test_a_copy_packs_its_own_weights():
     model = unet()
     packed = PackedUNet(model, weights="bfloat16")
@@ -209,35 +171,46 @@ def test_a_copy_packs_its_own_weights():
     assert torch.equal(twin.denoise(*inputs(model)), packed.denoise(*inputs(model)))
 
 
-def test_why_not():
+def test_packed_weights_are_a_copy():
+    model = unet()
+    actions, films = inputs(model)
+    packed = PackedUNet(model)
+    before = packed.denoise(actions, films)
+    model.load_state_dict(unet(seed=1).state_dict())
+    assert torch.equal(packed.denoise(actions, films), before)
+    assert error(model, PackedUNet(model), actions, films) < 5e-6
+
+
+def test_what_is_not_supported():
     model = unet().requires_grad_(False)
     actions, _ = inputs(model)
-    assert why_not(model, actions) is None
-    assert why_not(model, actions.double()) == "dtype: got torch.float64, allowed: torch.float32"
-    assert why_not(unet().bfloat16(), actions) == "dtype: got torch.bfloat16, allowed: torch.float32"
-    assert why_not(model, actions.to("meta")) == "device: got meta, allowed: cpu"
-    assert why_not(unet().train(), actions) == "mode: got training, allowed: evaluation"
-    rows = unet1d_cpu.ROWS_LIMIT
-    assert why_not(model, torch.zeros(rows // 8, 8, 2)) is None
-    too_many = f"rows (batch x horizon): got {rows + 8}, allowed: up to {rows}"
-    assert why_not(model, torch.zeros(rows // 8 + 1, 8, 2)) == too_many
+    rows = unet1d_cpu.ROWS_LIMIT // 8
+    assert unsupported(model, actions) is unsupported(model, torch.zeros(rows, 8, 2)) is None
+    for key, other, given in (
+        ("dtype", model, actions.double()),
+        ("dtype", unet().bfloat16(), actions),
+        ("device", model, actions.to("meta")),
+        ("mode", unet().train(), actions),
+        ("rows", model, torch.zeros(rows + 1, 8, 2)),
+        ("denoiser", torch.nn.Linear(2, 2).eval(), actions),
+    ):
+        assert unsupported(other, given).startswith(key)
     with torch.enable_grad():
-        assert why_not(model, actions) is None
-        needed = "gradients: got enabled, allowed: torch.no_grad()"
-        assert why_not(model, actions.clone().requires_grad_()) == needed
+        assert unsupported(model, actions) is None
+        assert unsupported(model, actions.clone().requires_grad_()).startswith("gradients")
         model.out[1].bias.requires_grad_()
-        assert why_not(model, actions) == needed
+        assert unsupported(model, actions).startswith("gradients")
 
 
 def test_wrong_shapes_are_refused():
     model = unet()
     packed, (actions, films) = PackedUNet(model), inputs(model)
-    with pytest.raises(ValueError, match="weights: got 'int8', allowed: float32, bfloat16"):
+    with pytest.raises(ValueError, match="weights"):
         PackedUNet(model, weights="int8")
-    with pytest.raises(ValueError, match="horizon: got 7, allowed: a multiple of 2"):
+    with pytest.raises(ValueError, match="horizon"):
         packed.denoise(actions[:, :7], films)
-    with pytest.raises(ValueError, match=r"actions: got \(1, 8, 1\), allowed: \(1, 8, 2\)"):
+    with pytest.raises(ValueError, match="actions"):
         packed.denoise(actions[..., :1], films)
     for wrong in (films[:-1], [film[:, 1:] for film in films], [film.repeat(2, 1) for film in films]):
-        with pytest.raises(ValueError, match="films: got .*allowed: "):
+        with pytest.raises(ValueError, match="films"):
             packed.denoise(actions, wrong)
