@@ -98,6 +98,6 @@ def _make_missing(paths, work, jobs, processes, unit, description):
 
 
 def _make(work, path, *job):
-    """Item ``path``, whole or not at all."""
-    with whole(path) as place:
+    """Item ``path``, whole or not at all, also while a worker of a killed run is still at it."""
+    with whole(path, shared=True) as place:
         work(place, *job)
