@@ -11,13 +11,8 @@ from paths import ROOT
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 COPIED = ("policy", "envs", "eval", "config", "tests", "train.py", "pyproject.toml")
-SMALL = [
-    "device=cpu",
-    "training.max_steps=2",
-    "training.batch_size=4",
-    "training.warmup_steps=0",
-    "wandb.mode=disabled",
-]
+SMALL = ["device=cpu", "training.max_steps=2", "training.batch_size=4", "training.warmup_steps=0"]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from policy.denoiser.base import Denoiser
+
 
 class SinusoidalEmbedding(nn.Module):
     """steps (B,) -> (B, dim): sines then cosines at geometric frequencies (arXiv 1706.03762, section 3.5)."""
@@ -46,7 +48,7 @@ class ResidualBlock(nn.Module):
         return self.second(self.first(x) * scale + shift) + self.skip(x)
 
 
-class ConditionalUNet1D(nn.Module):
+class ConditionalUNet1D(Denoiser):
     """Noise predictor of action chunks (B, T, Da) at diffusion steps (B,), conditioned on observations (B, K).
 
     widths: channels of the levels; T is halved between them, so it must be a multiple of 2 ** (levels - 1).
@@ -108,12 +110,8 @@ class ConditionalUNet1D(nn.Module):
         condition = F.mish(condition)
         return [F.linear(condition, layer.weight[:, self.step_dim :], layer.bias) for layer in self.film_layers()]
 
-    def denoise(self, actions, films):
-        """actions (B, T, Da), FiLM (B, 2C) of every block -> (B, T, Da)."""
-        return self.denoise_and_bottleneck(actions, films)[0]
-
     def denoise_and_bottleneck(self, actions, films):
-        """As ``denoise``, and the features (B, C, T') between the way down and the way up."""
+        """actions (B, T, Da), FiLM (B, 2C) of every block -> (B, T, Da), features (B, C, T') at the lowest level."""
         films = iter(films)
         x = actions.transpose(1, 2)  # (B, Da, T)
         skips = []
@@ -128,15 +126,3 @@ class ConditionalUNet1D(nn.Module):
             x = torch.cat([x, skips.pop()], dim=1)
             x = upsample(second(first(x, next(films)), next(films)))
         return self.out(x).transpose(1, 2), bottleneck
-
-    def films(self, steps, condition):
-        """FiLM (B * S, 2C) of every block for steps (B, S), S of each condition (B, K)."""
-        of_steps, of_observation = self.step_films(steps.flatten()), self.observation_films(condition)
-        return [
-            (ours.unflatten(0, steps.shape) + theirs[:, None]).flatten(0, 1)
-            for ours, theirs in zip(of_steps, of_observation, strict=True)
-        ]
-
-    def forward(self, actions, steps, condition):
-        """actions (B, T, Da), steps (B,), condition (B, K) -> noise (B, T, Da)."""
-        return self.denoise(actions, self.films(steps[:, None], condition))
