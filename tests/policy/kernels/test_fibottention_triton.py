@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from fibottention_reference import RULES, attended
 
 from policy.attention import fibottention, wythoff_offsets
 from policy.kernels import fibottention_triton as kernels
@@ -17,7 +18,6 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, on lanes that the kernels leave out
 
-RULES = ("zero", "exclude")
 BLOCK = kernels.BLOCK
 FAR = (BLOCK + 3, 1000)  # beyond one tile, beyond all tokens
 HEADS = ((0, 1, 3, 5), (), FAR, (4,))  # offsets: counts that differ, one head without any
@@ -33,16 +33,6 @@ def table_of(heads):
     width = max(map(len, signed)) + 2
     rows = [[len(deltas), *deltas, *[1] * (width - len(deltas))] for deltas in signed]
     return torch.tensor(rows, dtype=torch.int32, device=DEVICE).reshape(len(heads), width + 1)
-
-
-def attended(heads, size, prefix):
-    """bool (H, T, T), pair by pair."""
-    mask = torch.zeros(len(heads), size, size, dtype=torch.bool)
-    for head, offsets in enumerate(heads):
-        for i in range(size):
-            for j in range(size):
-                mask[head, i, j] = i < prefix or j < prefix or abs(i - j) in offsets
-    return mask
 
 
 def dense(q, k, v, mask, rule, scale):
@@ -211,12 +201,10 @@ def fresh_module():
 def test_why_not(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert kernels.why_not(torch.zeros(1, 1, 1, 128, dtype=dtype, device=DEVICE)) is None
-    double, wide = torch.zeros(1, 1, 1, 8, dtype=torch.float64, device=DEVICE), torch.zeros(1, 1, 1, 129, device=DEVICE)
-    allowed = "torch.float32, torch.bfloat16, torch.float16"
-    assert kernels.why_not(double) == f"dtype: got torch.float64, allowed: {allowed}"
-    assert kernels.why_not(wide) == "head width: got 129, allowed: at most 128"
+    assert kernels.why_not(torch.zeros(1, 1, 1, 8, dtype=torch.float64, device=DEVICE)).startswith("dtype")
+    assert kernels.why_not(torch.zeros(1, 1, 1, 129, device=DEVICE)).startswith("head width")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert fresh_module().why_not(torch.zeros(1, 1, 1, 8)).startswith("device: got cpu, allowed: cuda")
+    assert fresh_module().why_not(torch.zeros(1, 1, 1, 8)).startswith("device")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "pip install triton" in fresh_module().why_not(torch.zeros(1, 1, 1, 8, device=DEVICE))
 
