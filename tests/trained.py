@@ -26,6 +26,16 @@ def start(run_dir, *, fresh=0, evaluate=None, val=True, device="cpu", prepare=No
     )
 
 
+def weights(trained):
+    """All weights in one row."""
+    return torch.cat([p.detach().flatten() for p in trained.raw_model.parameters()])
+
+
+def score_of(model, epoch):
+    """A number that depends on all weights and nothing else."""
+    return {"score_mean": float(sum(p.double().abs().sum() for p in model.parameters())) % 1, "success_rate": 0.0}
+
+
 def everything(trained):
     """All numbers that a run ends with, by name."""
     tensors = {f"model.{name}": tensor for name, tensor in trained.raw_model.state_dict().items()}
