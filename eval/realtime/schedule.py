@@ -1,5 +1,7 @@
 """Which action of which chunk is due at a control step, and when to ask for the next chunk; no clock, no thread."""
 
+from policy.registry import choose
+
 MODES = ("async", "sync")
 REPLAN = ("needed", "always")
 
@@ -18,11 +20,8 @@ class ChunkSchedule:
     """
 
     def __init__(self, *, mode, replan, horizon, obs_steps, action_steps):
-        if mode not in MODES:
-            raise ValueError(f"mode: got {mode!r}, allowed: {', '.join(MODES)}")
-        allowed = REPLAN if mode == "async" else REPLAN[:1]
-        if replan not in allowed:
-            raise ValueError(f"replan: got {replan!r}, allowed with mode {mode}: {', '.join(allowed)}")
+        choose("mode", mode, MODES)
+        choose(f"replan (mode {mode})", replan, REPLAN if mode == "async" else REPLAN[:1])
         self.sync, self.always = mode == "sync", replan == "always"
         self.horizon, self.now, self.action_steps = horizon, obs_steps - 1, action_steps
         self.usable = action_steps if self.sync else horizon - self.now
