@@ -1,7 +1,12 @@
 """The diffusion U-Net on a CPU at few rows: packed weights, and one compiled call for each denoising step.
 
 torch multiplies a few rows by large weights at a fraction of the memory's speed, and small U-Nets wait for Python. Here
-the weights are laid out once in the order in which the kernels of unet1d_kernels.py read them, in torch's own threads.
+the weights are laid out once in the order in which the kernels of unet1d_numba.py read them, in torch's own threads.
+
+What it buys: processor time over ours, of Push-T's shipped policy with 10 steps of DDIM at batch 1, 8 and 25, on one
+core of an AMD EPYC (``python -m eval.speed runtimes --threads 1``). A step: onnxruntime 3.7, 3.7, 4.0; torch.compile
+9.0, 3.1, 2.1; torch 9.9, 3.1, 1.9. From observation to chunk: onnxruntime 1.9, 2.5, 2.7; torch.compile 4.6, 2.2, 1.7;
+torch 4.9, 2.2, 1.5.
 """
 
 import functools
