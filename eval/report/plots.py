@@ -8,9 +8,7 @@ from eval.report.groups import estimate
 from eval.report.kinds import CURVES, Metric
 from eval.shared.intervals import seed_interval
 from eval.shared.plots import MARKERS, line_style
-from policy.training.pictures import new_figure, png_of, set_scale
-
-ACROSS = 2  # panels in a row
+from policy.training.pictures import new_panels, png_of, set_scale
 
 
 def plot_groups(groups):
@@ -21,13 +19,9 @@ def plot_groups(groups):
     panels = [key for key in CURVES if any(points(run, key) for group in groups for run in group.runs)]
     if not panels:
         return None
-    columns = min(len(panels), ACROSS)
-    rows = -(-len(panels) // columns)
-    figure = new_figure(max(5.2 * columns, 7), 3.6 * rows + 0.22 * len(groups) + 0.2)
-    all_axes, lines = list(figure.subplots(rows, columns, squeeze=False).flat), {}
-    for axes in all_axes[len(panels) :]:
-        axes.axis("off")
-    for axes, key in zip(all_axes, panels, strict=False):
+    width = 7 if len(panels) == 1 else 4.6
+    (figure, all_axes), lines = new_panels(len(panels), width=width, below=0.22 * len(groups) + 0.2), {}
+    for axes, key in zip(all_axes, panels, strict=True):
         label, scale = CURVES[key]
         for number, group in enumerate(groups):
             line = _draw(axes, group, key, line_style(number), MARKERS[number % len(MARKERS)])
@@ -38,6 +32,7 @@ def plot_groups(groups):
             axes.set(yscale="log", ylim=(min(values) / 1.2, max(values) * 1.2))
         set_scale(axes, scale)
         axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     names = [groups[number].label for number in sorted(lines)]
     figure.legend([lines[n] for n in sorted(lines)], names, loc="outside lower center", frameon=False, fontsize=9)

@@ -15,9 +15,10 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; m
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid #ccd2d9; }
 .wide { overflow-x: auto; margin: 1rem 0; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { font-size: 0.875rem; padding: 0.3rem 0.6rem; text-align: right; vertical-align: top;
-  border-bottom: 1px solid #e3e7eb; overflow-wrap: anywhere; min-width: 3.2rem; }
+  border-bottom: 1px solid #e3e7eb; }
 th { vertical-align: bottom; border-bottom: 2px solid #ccd2d9; }
-th:first-child, td:first-child { text-align: left; min-width: 9rem; position: sticky; left: 0; background: #fff; }
+th:first-child, td:first-child { text-align: left; min-width: 12rem; position: sticky; left: 0; background: #fff;
+  overflow-wrap: anywhere; }
 img, video { max-width: 100%; } figcaption, .note { color: #57606a; font-size: 0.9rem; }
 pre { font-size: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto; }
 .figures { display: flex; flex-wrap: wrap; gap: 1.5rem; } .figures figure { margin: 0; }
@@ -80,9 +81,11 @@ def html_page(title, sections, *, intro=(), command):
 
 
 def markdown_page(title, sections, *, intro=(), command):
-    """The same as Markdown, without figures."""
+    """The same as Markdown, without figures, and without sections of nothing else."""
     blocks = [f"# {title}", *intro, f"`{command}`"]
     for part in sections:
+        if part.figures and not (part.text or part.rows or part.facts):
+            continue
         facts = "\n".join(f"* {fact}" for fact in part.facts)
         table = "\n".join(markdown_table(part.rows)) if part.rows else ""
         blocks += [block for block in (f"{'#' * part.level} {part.title}", part.text, table, facts) if block]

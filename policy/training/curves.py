@@ -3,7 +3,7 @@
 import json
 from fnmatch import filter as matching
 
-from policy.training.pictures import PALETTE, new_figure, save_png, set_scale
+from policy.training.pictures import PALETTE, new_panels, save_png, set_scale
 
 PANELS = (  # label of the axis, patterns of keys of metrics.jsonl, scale
     ("loss", ("train_loss", "val_loss", "test_loss"), "log"),
@@ -18,7 +18,6 @@ NAMES = {"train_loss": "training", "val_loss": "held out (EMA)", "test_loss": "t
 NAMES |= {"val_px": "held out (EMA)", "score_mean": "score", "success_rate": "success rate", "lr": "learning rate"}
 NAMES |= {"round_score": "score", "round_success": "success rate", "train_top1": "top-1, training"}
 NAMES |= {"top1": "top-1, test", "top5": "top-5, test", "train_diffusion": "noise"}
-ACROSS = 3  # panels in a row
 
 
 def read_metrics(run_dir):
@@ -38,14 +37,9 @@ def plot_curves(run_dir):
             panels.append((label, keys, scale))
     if not panels:
         return None
-    columns = 2 if len(panels) == 4 else min(len(panels), ACROSS)
-    rows = -(-len(panels) // columns)
-    figure = new_figure(4.4 * columns, 3.5 * rows)
-    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, panel in zip(all_axes, panels, strict=False):
+    figure, all_axes = new_panels(len(panels))
+    for axes, panel in zip(all_axes, panels, strict=True):
         _draw(axes, lines, *panel)
-    for axes in all_axes[len(panels) :]:
-        axes.axis("off")
     return save_png(figure, run_dir / "curves.png")
 
 
@@ -58,6 +52,7 @@ def _draw(axes, lines, label, keys, scale):
         axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=3.5, linewidth=1.5)
     last = lines[-1]
     axes.set(xlabel="step", ylabel=label, xlim=(0, 1.02 * last["step"]))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     set_scale(axes, scale)
     if last.get("epoch"):
         rate = last["step"] / last["epoch"]

@@ -21,6 +21,17 @@ def new_figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def new_panels(count, *, width=4.4, height=3.5, below=0):
+    """(figure, [axes]) of ``count`` panels of so many inches, at most three in a row; below: more for a legend."""
+    columns = 2 if count == 4 else min(count, 3)
+    rows = -(-count // columns)
+    figure = new_figure(width * columns, height * rows + below)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.axis("off")
+    return figure, panels[:count]
+
+
 def set_scale(axes, scale):
     """The y axis: "share" shows all of 0 to 1, "log" what its limits say with readable numbers, or "linear"."""
     if scale == "share":
