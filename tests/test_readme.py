@@ -29,7 +29,9 @@ NAMES = {
         "shuffle_heads",
         "wythoff_offsets",
     ],
-    "policy.diffusion": ["DiffusionPolicy.act", "DiffusionPolicy.normalizer", "DiffusionPolicy.sample"],
+    "policy.diffusion": [
+        f"DiffusionPolicy.{name}" for name in ("act", "normalizer", "reset", "sample", "select_action")
+    ],
     "policy.normalizer": ["Normalizer"],
     "policy.dataset.replay_buffer": ["ReplayBuffer.open"],
 }
@@ -86,6 +88,7 @@ def test_a_command_that_trains_composes(folder, name, overrides):
         assert compose(folder, job, name)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("module", MODULES)
 def test_a_command_that_measures_exists_with_its_options(module, monkeypatch):
     uses = [words[words.index("-m") + 2 :] for words in COMMANDS if module in words]
