@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from policy.build import build_model
+from policy.checkpoint import save_checkpoint
 from policy.dataset import ReplayBuffer, WindowDataset
 
 LOW_DIM = {"agent_pos": {"type": "low_dim", "shape": [2]}}
@@ -107,6 +108,13 @@ def policy_config(*, images=False, crop=8, relative=False, sampler="ddim", **cha
 def policy(**options):
     """A fresh tiny policy in evaluation mode."""
     return build_model(policy_config(**options)).eval()
+
+
+def save(path, model, config, **state):
+    """Write ``model`` as the averaged weights of a checkpoint of ``config``; returns the path."""
+    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(path, weights, config=config, state={"step": 1, **state})
+    return path
 
 
 def replay_buffer(*, lengths=(9, 12, 10), images=True, seed=0):

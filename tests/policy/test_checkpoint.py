@@ -1,4 +1,4 @@
-"""Checkpoints survive kills, full disks and foreign files; loading executes nothing; the average of the weights."""
+"""Checkpoints survive kills, full disks and foreign files; loading executes nothing."""
 
 import itertools
 import json
@@ -31,7 +31,6 @@ from policy.checkpoint import (
 )
 from policy.export import main as export_command
 from policy.head.keypoints import KeypointRegressor
-from policy.training.ema import EMA
 
 CONFIG = {"seed": 3, "names": ["a", "ü"], "nested": {"lr": 1e-4, "none": None, "flag": True}}
 STATE = {"step": 12, "scores": {"step=1.safetensors": 0.5}}
@@ -53,9 +52,7 @@ def policy_checkpoint(path, seed=0, **options):
     torch.manual_seed(seed)
     config = tiny.policy_config(**options)
     model = build_model(config).eval()
-    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_checkpoint(path, weights, config=config, state=STATE)
-    return path, model
+    return tiny.save(path, model, config), model
 
 
 # Round trip ------------------------------------------------------------------------------------------------------
@@ -96,34 +93,31 @@ def test_the_header_is_plain_json(tmp_path):
 
 
 def test_missing_files(tmp_path):
-    for load in (load_checkpoint, load_policy, load_encoder):
-        with pytest.raises(FileNotFoundError, match="checkpoint: got .*missing"):
-            load(tmp_path / "missing.safetensors")
-        with pytest.raises(FileNotFoundError, match="checkpoint: got"):
-            load(tmp_path)  # a folder that is no run
+    for load in (find_checkpoint, load_checkpoint, load_policy, load_encoder):
+        for place in (tmp_path / "missing.safetensors", tmp_path):  # a folder that is no run
+            with pytest.raises(FileNotFoundError, match=f"checkpoint: got {place}"):
+                load(place)
 
 
-def foreign_files(path):
-    """Name -> writer of files that are no checkpoint of ours."""
-    weights = {"a": torch.zeros(2)}
-    return {
-        "empty": lambda: path.write_bytes(b""),
-        "text": lambda: path.write_text("seed: 42\n" * 100),
-        "zeros": lambda: path.write_bytes(bytes(4096)),
-        "random": lambda: path.write_bytes(np.random.default_rng(0).bytes(4096)),
-        "torch": lambda: torch.save(weights, path),
-        "pickle": lambda: path.write_bytes(pickle.dumps({"step": 1})),
-        "other safetensors": lambda: save_file(weights, path),
-        "other format": lambda: save_file(weights, path, metadata={"format": "pt"}),
-        "our format alone": lambda: save_file(weights, path, metadata={"format": FORMAT}),
-        "broken json": lambda: save_file(weights, path, metadata={"format": FORMAT, "config": "{", "state": "{}"}),
-    }
+WEIGHTS = {"a": torch.zeros(2)}
+FOREIGN = {  # writers of files that are no checkpoint of ours
+    "empty": lambda path: path.touch(),
+    "text": lambda path: path.write_text("seed: 42\n" * 100),
+    "zeros": lambda path: path.write_bytes(bytes(4096)),
+    "random": lambda path: path.write_bytes(np.random.default_rng(0).bytes(4096)),
+    "torch": lambda path: torch.save(WEIGHTS, path),
+    "pickle": lambda path: path.write_bytes(pickle.dumps({"step": 1})),
+    "other safetensors": lambda path: save_file(WEIGHTS, path),
+    "other format": lambda path: save_file(WEIGHTS, path, metadata={"format": "pt"}),
+    "our format alone": lambda path: save_file(WEIGHTS, path, metadata={"format": FORMAT}),
+    "broken json": lambda path: save_file(WEIGHTS, path, metadata={"format": FORMAT, "config": "{", "state": "{}"}),
+}
 
 
-@pytest.mark.parametrize("kind", foreign_files(None))
-def test_foreign_files(tmp_path, kind):
+@pytest.mark.parametrize("write", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_files(tmp_path, write):
     path = tmp_path / "x.safetensors"
-    foreign_files(path)[kind]()
+    write(path)
     for load in (load_checkpoint, load_policy, load_encoder):
         with pytest.raises(ValueError, match="x.safetensors: got .*allowed"):
             load(path)
@@ -135,13 +129,10 @@ def test_truncated_files(tmp_path):
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     cuts = [1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1]
-    for cut in cuts:
-        path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="damaged or foreign"):
+    for content in (*(whole[:cut] for cut in cuts), whole + b"more"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="x.safetensors"):
             load_policy(path)
-    path.write_bytes(whole + b"more")
-    with pytest.raises(ValueError, match="damaged or foreign"):
-        load_policy(path)
     path.write_bytes(whole)
     assert load_policy(path)
 
@@ -170,15 +161,12 @@ def test_wrong_shapes_and_keys_are_listed():
     own = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     other = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).state_dict()
     before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
-    with pytest.raises(ValueError, match=r"enc does not fit.*shapes: 0.bias: got \(5,\), allowed \(4,\), 0.weight: .*"):
+    with pytest.raises(ValueError, match=r"enc .*0.bias: got \(5,\), allowed \(4,\), 0.weight"):
         load_weights(own, other, "enc")
     other = {**own.state_dict(), "2.weight": torch.zeros(1)}
     del other["1.bias"]
-    with pytest.raises(ValueError, match="missing: 1.bias; unexpected: 2.weight"):
+    with pytest.raises(ValueError, match="1.bias.*2.weight"):
         load_weights(own, other, "enc")
-    many = {f"extra{i}": torch.zeros(1) for i in range(9)}
-    with pytest.raises(ValueError, match=r"extra4 \.\.\.$"):
-        load_weights(own, {**own.state_dict(), **many}, "enc")
     assert all(torch.equal(before[name], tensor) for name, tensor in own.state_dict().items())
 
 
@@ -205,15 +193,14 @@ def test_loaded_policy_acts_as_the_saved_one(tmp_path):
     model = build_model(config)
     data = tiny.window_data(config, tiny.replay_buffer())
     model.fit_normalizer(data)
-    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
-    path = tmp_path / "checkpoints" / "last.safetensors"
-    save_checkpoint(path, {**weights, "model.other": torch.zeros(1)}, config=config, state=STATE)
+    path = tiny.save(tmp_path / "checkpoints" / "last.safetensors", model, config)
     rng = np.random.default_rng(0)
     obs = {
         "image": rng.integers(0, 256, (2, 2, 3, 12, 12), dtype=np.uint8),
         "agent_pos": rng.uniform(0, 512, (2, 2, 2)).astype(np.float32),
     }
     expected = model.eval().act(obs, generator=torch.Generator().manual_seed(0))
+    assert find_checkpoint(tmp_path) == find_checkpoint(path) == path
     for source in (path, str(path), tmp_path, str(tmp_path)):
         loaded = load_policy(source)
         assert not any(module.training for module in loaded.modules())
@@ -221,40 +208,24 @@ def test_loaded_policy_acts_as_the_saved_one(tmp_path):
         assert torch.equal(loaded.act(obs, generator=torch.Generator().manual_seed(0)), expected)
 
 
-def test_find_checkpoint(tmp_path):
-    last = tmp_path / "checkpoints" / "last.safetensors"
-    with pytest.raises(FileNotFoundError, match="allowed: a .safetensors file or a run folder with checkpoints/last"):
-        find_checkpoint(tmp_path)
-    last.parent.mkdir()
-    last.touch()
-    assert find_checkpoint(tmp_path) == find_checkpoint(last) == last
-
-
 def test_load_encoder(tmp_path):
-    path, model = policy_checkpoint(tmp_path / "x.safetensors", images=True)
+    """The encoder of the camera asked for, which one camera does not need."""
     images = torch.rand(2, 3, 8, 8) * 2 - 1
-    encoder = load_encoder(path)
-    assert torch.equal(encoder(images), model.encoder.encoders["image"](images))
-    assert torch.equal(load_encoder(path, camera="image")(images), encoder(images))
-    with pytest.raises(ValueError, match="camera: got 'wrist', allowed: image"):
-        load_encoder(path, camera="wrist")
-    blind, _ = policy_checkpoint(tmp_path / "blind.safetensors")
-    with pytest.raises(ValueError, match="camera: got None, allowed: "):
-        load_encoder(blind)
-
-
-def test_two_cameras_need_a_name(tmp_path):
-    config = tiny.policy_config(images=True)
-    config["task"]["shape_meta"]["obs"]["wrist"] = {"type": "rgb", "shape": [3, 12, 12]}
-    model = build_model(config).eval()
-    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_checkpoint(tmp_path / "x", weights, config=config, state=STATE)
-    images = torch.rand(1, 3, 8, 8)
-    with pytest.raises(ValueError, match="camera: got None, allowed: image, wrist"):
-        load_encoder(tmp_path / "x")
-    for camera in ("image", "wrist"):
-        expected = model.encoder.encoders[camera](images)
-        assert torch.equal(load_encoder(tmp_path / "x", camera=camera)(images), expected)
+    for obs in (tiny.IMAGE, {**tiny.IMAGE, "wrist": tiny.IMAGE["image"]}):
+        config = tiny.policy_config(images=True)
+        config["task"]["shape_meta"]["obs"] = {**obs, **tiny.LOW_DIM}
+        model = build_model(config).eval()
+        path = tiny.save(tmp_path / "x", model, config)
+        for camera in obs:
+            assert torch.equal(load_encoder(path, camera=camera)(images), model.encoder.encoders[camera](images))
+        with pytest.raises(ValueError, match=f"camera: got 'none', allowed: {', '.join(obs)}"):
+            load_encoder(path, camera="none")
+    with pytest.raises(ValueError, match="camera: got None"):
+        load_encoder(path)
+    path, model = policy_checkpoint(tmp_path / "x", images=True)
+    assert torch.equal(load_encoder(path)(images), model.encoder.encoders["image"](images))
+    with pytest.raises(ValueError, match="camera: got None"):
+        load_encoder(policy_checkpoint(tmp_path / "blind")[0])
 
 
 def test_a_pretraining_checkpoint_is_no_policy_but_has_an_encoder(tmp_path):
@@ -264,9 +235,8 @@ def test_a_pretraining_checkpoint_is_no_policy_but_has_an_encoder(tmp_path):
     config["task"]["shape_meta"] = {**config["task"]["shape_meta"], "keypoint": {"type": "low_dim", "shape": [4]}}
     model = build_model(config).eval()
     assert isinstance(model, KeypointRegressor)
-    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_checkpoint(tmp_path / "x", weights, config=config, state=STATE)
-    with pytest.raises(ValueError, match="got a 'keypoints' checkpoint, allowed: a policy"):
+    tiny.save(tmp_path / "x", model, config)
+    with pytest.raises(ValueError, match="got a 'keypoints' checkpoint"):
         load_policy(tmp_path / "x")
     images = torch.rand(2, 3, 12, 12)
     assert torch.equal(load_encoder(tmp_path / "x")(images), model.encoder.encoders["image"](images))
@@ -275,9 +245,8 @@ def test_a_pretraining_checkpoint_is_no_policy_but_has_an_encoder(tmp_path):
 def test_weights_that_do_not_fit_their_own_configuration(tmp_path):
     _, model = policy_checkpoint(tmp_path / "x")
     config = tiny.policy_config(model={"denoiser": {"widths": [8, 24], "kernel_size": 3, "groups": 4, "step_dim": 8}})
-    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_checkpoint(tmp_path / "x", weights, config=config, state=STATE)
-    with pytest.raises(ValueError, match="x does not fit this configuration: shapes: denoiser.down"):
+    tiny.save(tmp_path / "x", model, config)
+    with pytest.raises(ValueError, match="x .*denoiser.down"):
         load_model(tmp_path / "x")
 
 
@@ -286,8 +255,7 @@ def test_loading_downloads_nothing(tmp_path, monkeypatch):
     config = tiny.policy_config(images=True)
     model = build_model(config)
     config["encoder"] = {**config["encoder"], "pretrained": True}
-    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_checkpoint(tmp_path / "x", weights, config=config, state=STATE)
+    tiny.save(tmp_path / "x", model, config)
     asked, create = [], timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, pretrained, **k: asked.append(pretrained) or create(*a, **k))
     assert load_policy(tmp_path / "x").config["encoder"]["pretrained"] is True
@@ -320,7 +288,7 @@ def test_export(tmp_path, capsys):
     close = half.act(obs, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(close, expected)
     torch.testing.assert_close(close, expected, rtol=0, atol=0.01 * 512)
-    with pytest.raises(SystemExit, match="error: checkpoint: got .*missing"):
+    with pytest.raises(SystemExit, match="checkpoint: got .*missing"):
         export_command([str(tmp_path / "missing"), str(tmp_path / "x.safetensors")])
 
 
@@ -387,8 +355,7 @@ def test_full_disk(tmp_path):
 
     child = in_child(save_with_a_limit)
     assert os.waitpid(child, 0)[1] == 0
-    message = (tmp_path / "message").read_text()
-    assert f"checkpoint {path} was not written" in message and "the previous one is untouched" in message
+    assert str(path) in (tmp_path / "message").read_text()
     assert path.read_bytes() == before
     assert {file.name for file in tmp_path.iterdir()} == {"last.safetensors", "message"}
 
@@ -406,7 +373,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError):
         save_checkpoint(tmp_path / "file" / "x.safetensors", tensors(), config=CONFIG, state=STATE)
     (tmp_path / "folder" / "inside").mkdir(parents=True)
-    with pytest.raises(OSError, match="was not written"):
+    with pytest.raises(OSError, match="folder"):
         save_checkpoint(tmp_path / "folder", tensors(), config=CONFIG, state=STATE)
     assert list(tmp_path.glob("*.partial*")) == []
 
@@ -418,62 +385,3 @@ def test_a_copied_checkpoint_loads_elsewhere(tmp_path):
     shutil.rmtree(tmp_path / "run")
     loaded = load_policy(tmp_path / "alone.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-
-
-# Exponential moving average ----------------------------------------------------------------------------------------
-
-
-def test_ema_decay_formula():
-    ema = EMA(nn.Linear(1, 1), power=0.75, max_decay=0.9999)
-    assert ema.decay(0) == 0
-    for step in (1, 2, 10, 1000, 50_000):
-        assert ema.decay(step) == pytest.approx(1 - 1 / (1 + step) ** 0.75)
-    assert ema.decay(215_444) == pytest.approx(0.9999, abs=1e-6) and ema.decay(10**9) == 0.9999
-    assert EMA(nn.Linear(1, 1), power=2 / 3, max_decay=0.5).decay(1) == pytest.approx(1 - 2 ** (-2 / 3))
-    assert EMA(nn.Linear(1, 1), power=2 / 3, max_decay=0.5).decay(7) == 0.5
-
-
-class Averaged(nn.Module):
-    """A parameter, a frozen one and a buffer that all move with the step."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(3))
-        self.frozen = nn.Parameter(torch.full((2,), 4.0), requires_grad=False)
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
-
-    def move(self, step):
-        with torch.no_grad():
-            self.weight.copy_(torch.tensor([1.0, -2.0, 0.5]) * (step + 1) ** 2)
-            self.seen.fill_(step)
-
-
-def test_ema_follows_the_weights():
-    model = Averaged()
-    ema = EMA(model, power=0.75, max_decay=0.9)
-    assert not any(p.requires_grad for p in ema.model.parameters()) and not ema.model.training
-    expected = np.zeros(3)
-    for step in range(40):
-        model.move(step)
-        ema.update(model, step)
-        decay = min(0.9, 1 - (1 + step) ** -0.75)
-        expected = decay * expected + (1 - decay) * np.array([1.0, -2.0, 0.5]) * (step + 1) ** 2
-        np.testing.assert_allclose(ema.model.weight.numpy(), expected, rtol=1e-5)
-        assert ema.model.seen == step
-    assert torch.equal(ema.model.frozen, model.frozen)
-    assert model.weight.requires_grad and model.weight.grad is None
-
-
-def test_ema_continues_from_the_step_alone():
-    """A new object with the averaged weights goes on exactly: nothing is counted inside."""
-    model = Averaged()
-    straight = EMA(model, power=0.75, max_decay=0.9999)
-    for step in range(30):
-        model.move(step)
-        straight.update(model, step)
-        if step == 14:
-            resumed = EMA(Averaged(), power=0.75, max_decay=0.9999)
-            resumed.model.load_state_dict(straight.model.state_dict())
-        if step > 14:
-            resumed.update(model, step)
-    assert torch.equal(resumed.model.weight, straight.model.weight)
