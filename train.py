@@ -9,7 +9,8 @@
     python train.py --config-dir=config/pusht resume=RUN_FOLDER        go on exactly where a run stopped
     torchrun --nproc_per_node 2 train.py --config-dir=config/pusht     several processes
 
-From here to the loss: the configuration, this file, policy/diffusion.py, policy/attention/fibottention.py.
+From here to the loss: the configuration, this file, eval/benchmark/policy.py, policy/diffusion.py and
+policy/attention/fibottention.py.
 """
 
 import contextlib
