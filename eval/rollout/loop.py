@@ -23,7 +23,7 @@ class Running:
         self.observation = None  # {key: (To, ...)}
 
 
-def _stack(values):
+def stack(values):
     """Tensor (B, To, ...) of B arrays (To, ...), the channels of an image's pixel side by side in memory.
 
     Simulators draw them so, but a pipe between processes does not keep the order, on which rounding depends.
@@ -34,7 +34,7 @@ def _stack(values):
     return torch.from_numpy(stacked)
 
 
-def _act(policy, episodes, batch, num_inference_steps):
+def act_together(policy, episodes, batch, num_inference_steps):
     """Action chunks (Ta, Da) for each of ``episodes``, in calls of ``batch`` rows; the seed decides on the row."""
     calls = []  # {row: episode}
     for episode in episodes:
@@ -48,7 +48,7 @@ def _act(policy, episodes, batch, num_inference_steps):
         filler = next(iter(call.values()))
         rows = [call.get(row, filler).observation for row in range(batch)]
         generators = [call[row].generator if row in call else torch.Generator() for row in range(batch)]
-        obs = {key: _stack([row[key] for row in rows]) for key in filler.observation}
+        obs = {key: stack([row[key] for row in rows]) for key in filler.observation}
         actions = policy.act(obs, generator=generators, num_inference_steps=num_inference_steps).cpu().numpy()
         chunks |= {episode.seed: actions[row] for row, episode in call.items()}
     return [chunks[episode.seed] for episode in episodes]
@@ -86,7 +86,7 @@ def rollout(
     )
     with slots, tqdm(total=episodes, desc="rollouts", unit="episode", leave=False, dynamic_ncols=True) as bar:
         while waiting or running:
-            chunks = _act(policy, running.values(), batch, num_inference_steps)
+            chunks = act_together(policy, running.values(), batch, num_inference_steps)
             commands = {slot: ("execute", chunk) for slot, chunk in zip(running, chunks, strict=True)}
             while waiting and idle:  # in the same round, so that a slow reset holds nobody up
                 slot, number = idle.pop(), waiting.pop(0)

@@ -1,4 +1,4 @@
-"""Fibottention on a CPU: compiles the kernels of fibottention_tiles.py and runs them in torch's threads.
+"""Fibottention on a CPU: compiles the kernels of fibottention_numba.py and runs them in torch's threads.
 
 numba compiles a kernel for each head width, once: it is kept on disk.
 """

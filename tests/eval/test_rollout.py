@@ -1,35 +1,40 @@
 """Rollouts: the same rows for any number of environments, what the policy sees, intervals, videos and results."""
 
-import itertools
 import json
 import math
 import re
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 import tiny
 import torch
 from fake_env import MADE, FakeEnv
+from films import decode
 
-import envs
 from envs.pusht.env import PushT
-from eval.rollout import loop as module
+from eval.rollout import __main__ as command
 from eval.rollout.__main__ import main
-from eval.rollout.loop import describe, rollout, summarize, write_results
-from eval.rollout.video import GAP, write_grid
-from eval.shared.intervals import Z95, mean_interval, rate_interval
+from eval.rollout.loop import Running, act_together, describe, rollout, stack, summarize, write_results
+from eval.shared.intervals import mean_interval, rate_interval
 from policy.build import build_model
 from policy.checkpoint import save_checkpoint
 
 BATCH = 25  # rows of a policy call by default
 
 
+ENV = {"name": "fake_env:FakeEnv"}
+
+
 @pytest.fixture(autouse=True)
-def fake_environment(monkeypatch):
-    monkeypatch.setitem(envs.ENVIRONMENTS, "fake", "fake_env:FakeEnv")
+def no_environments():
     MADE.clear()
+
+
+def config_of(**options):
+    config = tiny.policy_config(**options)
+    config["task"]["env"] = ENV
+    return config
 
 
 class Recorder:
@@ -66,7 +71,7 @@ class Recorder:
 @pytest.mark.parametrize(("obs_steps", "action_steps"), [(2, 4), (1, 3), (3, 2), (2, 1), (3, 3)])
 def test_the_policy_sees_the_last_observations(obs_steps, action_steps):
     policy = Recorder(obs_steps, action_steps)
-    rollout(policy, {"name": "fake", "length": 9}, episodes=3, seed=10, num_envs=2)
+    rollout(policy, {**ENV, "length": 9}, episodes=3, seed=10, num_envs=2)
     for seed in (10, 11, 12):
         histories = [steps for s, steps in policy.seen if s == seed]
         calls = math.ceil(9 / action_steps)
@@ -79,7 +84,7 @@ def test_the_policy_sees_the_last_observations(obs_steps, action_steps):
 @pytest.mark.parametrize(("obs_steps", "action_steps"), [(2, 4), (1, 3), (3, 2)])
 def test_only_needed_steps_are_observed(obs_steps, action_steps):
     """The start, then the last To of every Ta steps; the end of an episode is not looked at."""
-    rollout(Recorder(obs_steps, action_steps), {"name": "fake", "length": 9}, episodes=2, seed=10, num_envs=1)
+    rollout(Recorder(obs_steps, action_steps), {**ENV, "length": 9}, episodes=2, seed=10, num_envs=1)
     (env,) = MADE
     expected = [0]
     for now in range(0, 9, action_steps):
@@ -91,7 +96,7 @@ def test_only_needed_steps_are_observed(obs_steps, action_steps):
 
 def test_actions_are_executed_in_order():
     policy = Recorder(2, 4)
-    summary, _ = rollout(policy, {"name": "fake"}, episodes=5, seed=10, num_envs=2)
+    summary, _ = rollout(policy, ENV, episodes=5, seed=10, num_envs=2)
     assert len(MADE) == 2
     for env in MADE:
         for seed, actions in zip(env.seeds, env.actions, strict=True):
@@ -104,7 +109,7 @@ def test_actions_are_executed_in_order():
 def test_every_episode_has_its_own_noise():
     """The generator of an episode is seeded by its seed and advances with its own calls only."""
     policy = Recorder(2, 4)
-    rollout(policy, {"name": "fake"}, episodes=6, seed=10, num_envs=3, num_inference_steps=7)
+    rollout(policy, ENV, episodes=6, seed=10, num_envs=3, num_inference_steps=7)
     for seed in range(10, 16):
         generator = torch.Generator().manual_seed(seed)
         for numbers in policy.draws[seed]:
@@ -117,14 +122,14 @@ def test_every_episode_has_its_own_noise():
 
 def tiny_policy(**options):
     torch.manual_seed(0)
-    policy = build_model(tiny.policy_config(**options)).eval()
+    policy = build_model(config_of(**options)).eval()
     policy.normalizer.fit("agent_pos", torch.tensor([[0.0, 0.0], [50.0, 20.0]]))
     return policy
 
 
 def test_scores_follow_from_the_rewards():
     """An episode's score is its largest reward, success that of any step; seeds are consecutive."""
-    summary, _ = rollout(Recorder(2, 4), {"name": "fake"}, episodes=7, seed=30, num_envs=3)
+    summary, _ = rollout(Recorder(2, 4), ENV, episodes=7, seed=30, num_envs=3)
     assert [row["seed"] for row in summary["episodes"]] == list(range(30, 37))
     for row in summary["episodes"]:
         env = FakeEnv()
@@ -149,15 +154,15 @@ def test_scores_follow_from_the_rewards():
 def test_results_do_not_depend_on_the_number_of_environments(images):
     """Bit for bit, in an environment that doubles every difference with each step."""
     policy = tiny_policy(images=images, sampler="ddpm")
-    run = {"episodes": 2 + BATCH if not images else 9, "seed": 100, "num_inference_steps": 2}
-    expected, _ = rollout(policy, {"name": "fake", "images": images}, num_envs=1, **run)
+    run = {"episodes": 6 if images else 2 + BATCH, "seed": 100, "num_inference_steps": 2}
+    expected, _ = rollout(policy, {**ENV, "images": images}, num_envs=1, **run)
     assert len({row["score"] for row in expected["episodes"]}) == run["episodes"]
-    for num_envs in (3, 7, 50):
-        summary, _ = rollout(policy, {"name": "fake", "images": images}, num_envs=num_envs, **run)
+    for num_envs in (3, 50) if images else (3, 7, 50):
+        summary, _ = rollout(policy, {**ENV, "images": images}, num_envs=num_envs, **run)
         assert summary == expected
     # Nor on which other episodes there are.
-    (row,) = rollout(policy, {"name": "fake", "images": images}, episodes=1, seed=104, num_inference_steps=2)[0]["episodes"]  # fmt: skip  # noqa: E501
-    assert row == expected["episodes"][4]
+    alone, _ = rollout(policy, {**ENV, "images": images}, episodes=1, seed=104, num_inference_steps=2)
+    assert alone["episodes"] == expected["episodes"][4:5]
 
 
 def test_an_episode_gets_the_same_actions_in_any_company():
@@ -166,10 +171,10 @@ def test_an_episode_gets_the_same_actions_in_any_company():
     policy = tiny_policy(model={"denoiser": denoiser})
 
     def actions(seeds):
-        episodes = [module.Running(seed) for seed in seeds]
+        episodes = [Running(seed) for seed in seeds]
         for episode in episodes:
             episode.observation = {"agent_pos": np.array([[episode.seed, 0], [episode.seed, 1]], np.float32)}
-        return dict(zip(seeds, module._act(policy, episodes, BATCH, 10), strict=True))
+        return dict(zip(seeds, act_together(policy, episodes, BATCH, 10), strict=True))
 
     seeds = list(range(40, 40 + 2 * BATCH))
     expected = actions(seeds)
@@ -185,20 +190,20 @@ def test_images_have_one_order_in_memory():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 2, 6, 4, 3), dtype=np.uint8)
     drawn = list(pixels.transpose(0, 1, 4, 2, 3))
     for values in (drawn, [np.ascontiguousarray(value) for value in drawn]):
-        stacked = module._stack(values)
+        stacked = stack(values)
         np.testing.assert_array_equal(stacked.numpy(), np.stack(drawn), strict=True)
         assert stacked.permute(0, 1, 3, 4, 2).is_contiguous()
-    assert module._stack([np.zeros((2, 3))] * 4).is_contiguous()
+    assert stack([np.zeros((2, 3))] * 4).is_contiguous()
 
 
 def test_options_of_a_rollout_matter():
     policy = tiny_policy()
     run = {"episodes": 3, "seed": 100}
-    expected, _ = rollout(policy, {"name": "fake"}, **run)
-    assert rollout(policy, {"name": "fake"}, **run)[0] == expected
-    assert rollout(policy, {"name": "fake"}, **run, num_inference_steps=2)[0] != expected
-    assert rollout(policy, {"name": "fake", "length": 2}, **run)[0] != expected
-    other = rollout(policy, {"name": "fake"}, episodes=3, seed=101)[0]["episodes"]
+    expected, _ = rollout(policy, ENV, **run)
+    assert rollout(policy, ENV, **run)[0] == expected
+    assert rollout(policy, ENV, **run, num_inference_steps=2)[0] != expected
+    assert rollout(policy, {**ENV, "length": 2}, **run)[0] != expected
+    other = rollout(policy, ENV, episodes=3, seed=101)[0]["episodes"]
     assert other[:2] == expected["episodes"][1:]
 
 
@@ -206,38 +211,42 @@ def test_options_of_a_rollout_matter():
 def test_rows_of_a_policy_call(batch):
     """An episode has row seed % batch, whoever else runs; those that want the same row go into another call."""
     policy = Recorder(2, 4, batch)
-    summary, _ = rollout(policy, {"name": "fake"}, episodes=7, seed=30, num_envs=7, batch=batch)
-    assert summary == rollout(Recorder(2, 4), {"name": "fake"}, episodes=7, seed=30)[0]
+    summary, _ = rollout(policy, ENV, episodes=7, seed=30, num_envs=7, batch=batch)
+    assert summary == rollout(Recorder(2, 4), ENV, episodes=7, seed=30)[0]
     generator = torch.Generator().manual_seed(33)
     for numbers in policy.draws[33]:
         assert torch.rand((), generator=generator).item() in numbers
     config = tiny_policy(sampler="ddpm")
-    expected, _ = rollout(config, {"name": "fake"}, episodes=7, seed=30, batch=batch)
-    assert rollout(config, {"name": "fake"}, episodes=7, seed=30, num_envs=2, batch=batch)[0] == expected
+    expected, _ = rollout(config, ENV, episodes=7, seed=30, batch=batch)
+    assert rollout(config, ENV, episodes=7, seed=30, num_envs=2, batch=batch)[0] == expected
 
 
-def test_rollout_errors():
-    for wrong in ({"episodes": 0}, {"num_envs": 0}, {"batch": 0}):
-        numbers = {"episodes": 5, "num_envs": 5, "batch": 5} | wrong
-        got = ", ".join(map(str, numbers.values()))
-        with pytest.raises(ValueError, match=f"episodes, num_envs, batch: got {got}, allowed: all >= 1"):
-            rollout(Recorder(2, 4), {"name": "fake"}, seed=0, **numbers)
-    with pytest.raises(ValueError, match="workers: got -1, allowed: >= 0"):
-        rollout(Recorder(2, 4), {"name": "fake"}, episodes=1, seed=0, workers=-1)
-    with pytest.raises(ValueError, match="task.env.name: got 'unreal', allowed: fake, pusht.* or module:attribute"):
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [(key, {key: 0}) for key in ("episodes", "num_envs", "batch")] + [("workers", {"workers": -1})],
+)
+def test_numbers_that_cannot_be(key, options):
+    with pytest.raises(ValueError, match=key):
+        rollout(Recorder(2, 4), ENV, **{"episodes": 1, "seed": 0, **options})
+
+
+def test_environments_that_cannot_be():
+    with pytest.raises(ValueError, match="task.env.name"):
         rollout(Recorder(2, 4), {"name": "unreal"}, episodes=1, seed=0)
+    with pytest.raises(ValueError, match="states"):
+        rollout(Recorder(2, 4), ENV, episodes=1, seed=0, states=True)
     policy = Recorder(2, 4)
     policy.encoder.shapes["wrist"] = (3, 8, 8)
-    with pytest.raises(ValueError, match="task.shape_meta.obs: got wrist, allowed here: agent_pos, unseen"):
-        rollout(policy, {"name": "fake"}, episodes=1, seed=0)
+    with pytest.raises(ValueError, match="wrist"):
+        rollout(policy, ENV, episodes=1, seed=0)
 
 
 def test_environments_of_this_process_are_closed(tmp_path):
-    rollout(Recorder(2, 4), {"name": "fake", "log": tmp_path / "a"}, episodes=5, seed=0, num_envs=2)
+    rollout(Recorder(2, 4), {**ENV, "log": tmp_path / "a"}, episodes=5, seed=0, num_envs=2)
     assert (tmp_path / "a").read_text().count("close") == 2
     trouble = {"kind": "raise", "seed": 1, "step": 2}
-    with pytest.raises(ValueError, match="action: got seed 1"):
-        rollout(Recorder(2, 4), {"name": "fake", "log": tmp_path / "b", "trouble": trouble}, episodes=5, seed=0)
+    with pytest.raises(ValueError, match="action"):
+        rollout(Recorder(2, 4), {**ENV, "log": tmp_path / "b", "trouble": trouble}, episodes=5, seed=0)
     assert (tmp_path / "b").read_text().count("close") == (tmp_path / "b").read_text().count("made") > 0
 
 
@@ -274,100 +283,12 @@ def test_pusht_by_hand():
         assert row["score"] == max(rewards)
 
 
-# Intervals -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("trials", [1, 5, 50])
-def test_rate_interval_solves_the_score_equation(trials):
-    """Wilson: the rates p for which the observed one is exactly z standard errors away."""
-    assert math.erf(Z95 / 2**0.5) == pytest.approx(0.95, abs=1e-12)
-    for successes in range(trials + 1):
-        low, high = rate_interval(successes, trials)
-        assert 0 <= low <= successes / trials <= high <= 1
-        for bound in (low, high):
-            if bound not in (0.0, 1.0) and not (successes == 0 and bound == low):
-                error = math.sqrt(bound * (1 - bound) / trials)
-                assert abs(successes / trials - bound) == pytest.approx(Z95 * error, abs=1e-9)
-    assert rate_interval(0, trials)[0] == pytest.approx(0, abs=1e-12)
-    assert rate_interval(0, trials)[1] == pytest.approx(Z95**2 / (trials + Z95**2))
-    assert rate_interval(trials, trials)[0] == pytest.approx(trials / (trials + Z95**2))
-
-
-def test_rate_interval_of_the_usual_evaluation():
-    """40 of 50, worked with the formula by hand: centre 0.7786, half width 0.1090."""
-    assert rate_interval(40, 50) == pytest.approx([0.6696, 0.8876], abs=2e-4)
-
-
-def test_mean_interval_of_few_values_by_enumeration():
-    """All 4^4 resamples of four values instead of random ones."""
-    values = [0.1, 0.35, 0.5, 1.0]
-    means = np.array([np.mean(draw) for draw in itertools.product(values, repeat=4)])
-    low, high = mean_interval(values, resamples=200_000)
-    assert low == pytest.approx(np.quantile(means, 0.025), abs=0.01)
-    assert high == pytest.approx(np.quantile(means, 0.975), abs=0.01)
-    assert mean_interval([0.4, 0.9, 0.6]) == pytest.approx([0.4, 0.9])  # 1 of 27 resamples is all minima
-
-
-def test_mean_interval_of_many_values():
-    """Close to the normal interval where that holds, the same every time, and inside the range of the values."""
-    values = np.random.default_rng(1).uniform(0, 1, 400)
-    half = 1.96 * values.std() / 20
-    interval = mean_interval(values)
-    assert interval == pytest.approx([values.mean() - half, values.mean() + half], abs=0.1 * half)
-    assert mean_interval(values) == interval and all(type(bound) is float for bound in interval)
-    assert mean_interval([1.0] * 9) == [1.0, 1.0] and mean_interval([0.3]) == [0.3, 0.3]
-    assert mean_interval([1.0] * 45 + [0.2] * 5)[1] <= 1.0
-
-
-# Results and videos ----------------------------------------------------------------------------------------------
-
-
-def decode(path):
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        assert stream.codec_context.name == "h264" and stream.average_rate == 10
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
-
-
-def film(colours, *, success=False, size=64):
-    frames = [np.full((size, size, 3), colour, np.uint8) for colour in colours]
-    return {"frames": frames, "score": [0.1] * len(frames), "seed": 1, "success": success}
-
-
-@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (3, 2, 2), (5, 3, 2)])
-def test_video_of_a_grid(tmp_path, count, columns, rows):
-    """Every tile shows its episode in time; one that ends early keeps its last frame."""
-    colours = [(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (60, 200, 200)]
-    episodes = [film([(128, 128, 128)] * n + [colours[n]] * (n + 2)) for n in range(count)]
-    path = write_grid(tmp_path / "a.mp4", episodes, hold=3)
-    video = decode(path)
-    longest = 2 * (count - 1) + 2
-    assert len(video) == longest + 3
-    height, width = (n * (64 + GAP) - GAP for n in (rows, columns))
-    assert video.shape[1:] == (height, width, 3)
-    for time, picture in enumerate(video):
-        for number in range(count):
-            row, column = divmod(number, columns)
-            tile = picture[row * (64 + GAP) :, column * (64 + GAP) :][24:56, 8:56]
-            expected = (128, 128, 128) if time < number else colours[number]
-            assert np.abs(tile.mean(axis=(0, 1)) - expected).max() < 12, (time, number)
-
-
-def test_video_of_odd_size_and_labels(tmp_path):
-    """H.264 wants even sides. The label is white, with ink that turns green or red at the end."""
-    for success, channel in ((True, 1), (False, 0)):
-        video = decode(write_grid(tmp_path / "a.mp4", [film([(90, 90, 90)] * 4, success=success, size=129)], hold=1))
-        assert video.shape == (5, 130, 130, 3)
-        label = video[:, 1:13, 2:128].astype(int)
-        assert np.median(label) > 240 and (label[0].min(axis=2) < 110).any()
-        tint = label[-1] - label[-1].mean(axis=2, keepdims=True)
-        assert tint[..., channel].max() > 25 and tint[..., 1 - channel].max() < 20
-        assert np.abs(label[0] - label[0].mean(axis=2, keepdims=True)).max() < 10
+# Results and films -----------------------------------------------------------------------------------------------
 
 
 def test_films_of_a_rollout(tmp_path):
     policy = Recorder(2, 4)
-    summary, films = rollout(policy, {"name": "fake"}, episodes=4, seed=10, num_envs=2, videos=2)
+    summary, films = rollout(policy, ENV, episodes=4, seed=10, num_envs=2, videos=2)
     assert [one["seed"] for one in films] == [10, 11]
     for one, row in zip(films, summary["episodes"], strict=False):
         assert len(one["frames"]) == len(one["score"]) == row["steps"] + 1
@@ -395,11 +316,6 @@ def test_visited_states():
     assert again[0] == summary and len(again) == 2 and len(again[1]) == len(films) == 1
 
 
-def test_states_of_an_environment_without_them():
-    with pytest.raises(ValueError, match="states: got FakeEnv, allowed: an environment with a property state"):
-        rollout(Recorder(2, 4), {"name": "fake"}, episodes=1, seed=0, states=True)
-
-
 def test_visited_states_of_pusht_can_be_restored():
     env = {"name": "pusht", "max_steps": 6, "image_size": 24}
     _, _, (episode,) = rollout(Recorder(2, 4), env, episodes=1, seed=7, states=True)
@@ -419,7 +335,7 @@ def test_summary_of_rows():
     assert summary["score_mean"] == 0.5 and summary["success_rate"] == pytest.approx(1 / 3)
     assert summary["score_ci95"] == mean_interval([1, 0.5, 0]) and summary["success_ci95"] == rate_interval(1, 3)
     assert summary["episodes"] == rows
-    assert describe(summary) == "score 0.500 [0.000, 1.000], success 33% [6%, 79%] over 3 episodes"
+    assert all(part in describe(summary) for part in ("0.500 [0.000, 1.000]", "33% [6%, 79%]", "3 episodes"))
 
 
 def test_command(tmp_path, capsys, monkeypatch):
@@ -427,11 +343,11 @@ def test_command(tmp_path, capsys, monkeypatch):
     policy = tiny_policy()
     weights = {f"ema.{name}": tensor for name, tensor in policy.state_dict().items()}
     checkpoint = tmp_path / "run" / "checkpoints" / "last.safetensors"
-    save_checkpoint(checkpoint, weights, config=tiny.policy_config(), state={"step": 1})
+    save_checkpoint(checkpoint, weights, config=config_of(), state={"step": 1})
     shared = ["--episodes", "3", "--seed", "100", "--num-envs", "2", "--device", "cpu"]
     main(["--checkpoint", str(tmp_path / "run"), *shared, "--videos", "1", "--output", str(tmp_path / "out")])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    expected, _ = rollout(policy, {"name": "fake"}, episodes=3, seed=100)
+    expected, _ = rollout(policy, ENV, episodes=3, seed=100)
     assert {"score_mean", "score_ci95", "success_rate", "success_ci95", "episodes"} <= set(summary)
     assert {key: summary[key] for key in expected} == expected
     assert set(summary["episodes"][0]) >= {"seed", "score", "success", "steps"}
@@ -442,12 +358,12 @@ def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["--checkpoint", str(checkpoint), *shared, "--videos", "0", "--steps", "2", "--output", "two"])
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
-    fewer, _ = rollout(policy, {"name": "fake"}, episodes=3, seed=100, num_inference_steps=2)
+    fewer, _ = rollout(policy, ENV, episodes=3, seed=100, num_inference_steps=2)
     assert two["episodes"] == fewer["episodes"] != expected["episodes"]
     main(["--checkpoint", str(checkpoint), *shared, "--videos", "0", "--action-steps", "1", "--output", "one"])
     one = json.loads((tmp_path / "one" / "summary.json").read_text())
     policy.action_steps = 1
-    closer, _ = rollout(policy, {"name": "fake"}, episodes=3, seed=100)
+    closer, _ = rollout(policy, ENV, episodes=3, seed=100)
     assert one["episodes"] == closer["episodes"] != expected["episodes"]
 
 
@@ -455,7 +371,7 @@ def test_command_takes_the_loop_of_the_training_run(tmp_path, monkeypatch):
     """Unless it is told otherwise; checkpoints of older runs lack some or all of it."""
     seen = {}
     empty = {"score_ci95": (0, 0), "success_ci95": (0, 0), "score_mean": 0, "success_rate": 0, "episodes": []}
-    monkeypatch.setattr(module, "rollout", lambda policy, env, **options: seen.update(options) or (empty, []))
+    monkeypatch.setattr(command, "rollout", lambda policy, env, **options: seen.update(options) or (empty, []))
     weights = {f"ema.{name}": tensor for name, tensor in tiny_policy().state_dict().items()}
     loop = {"num_envs": 3, "workers": 2, "batch": 5}
     for stored, arguments, expected in (
@@ -464,7 +380,7 @@ def test_command_takes_the_loop_of_the_training_run(tmp_path, monkeypatch):
         ({"rollout": {"num_envs": 3}}, ["--batch", "7"], {"num_envs": 3, "batch": 7}),
         ({}, [], {}),
     ):
-        save_checkpoint(tmp_path / "a.safetensors", weights, config=tiny.policy_config() | stored, state={"step": 1})
+        save_checkpoint(tmp_path / "a.safetensors", weights, config=config_of() | stored, state={"step": 1})
         seen.clear()
         main(["--checkpoint", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "out"), *arguments])
         assert {key: seen[key] for key in loop if key in seen} == expected
@@ -473,13 +389,13 @@ def test_command_takes_the_loop_of_the_training_run(tmp_path, monkeypatch):
 
 def test_command_errors(tmp_path, capsys, monkeypatch):
     """One line and exit code 1."""
-    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
-    for arguments, message in (
-        (["--checkpoint", str(tmp_path / "none")], "error: checkpoint: got"),
-        (["--checkpoint", str(tmp_path), "--device", "cuda"], "error: --device: got 'cuda', but torch sees no CUDA"),
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, key in (
+        (["--checkpoint", str(tmp_path / "none")], "checkpoint"),
+        (["--checkpoint", str(tmp_path), "--device", "cuda"], "--device"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 1
         error = capsys.readouterr().err
-        assert error.startswith(message) and error.count("\n") == 1
+        assert error.startswith(f"error: {key}") and error.count("\n") == 1
