@@ -128,13 +128,11 @@ def main(argv=None):
     parser = Parser("eval.attention_map", __doc__)
     shipped = f"{SHIPPED.parent.name}/{SHIPPED.name}"
     parser.add_argument(
-        "--checkpoint",
-        help="run folder or .safetensors file whose encoder all pictures show; without it, attention.png shows that of "
-        f"{shipped} and the other pictures the geometry given by --patches and so on",
+        "--checkpoint", help=f"run folder or .safetensors file (default: {shipped}, and the geometry of --patches etc.)"
     )
     parser.add_argument("--camera", help="which one, for policies with several")
     parser.add_argument("--image", type=Path, help="picture to look at, default: the simulator after reset(--seed)")
-    parser.add_argument("--seed", type=int, default=100_003)  # Push-T: the block is off its target there
+    parser.add_argument("--seed", type=int, default=100_003, help="of the simulator")  # the block is off its target
     parser.add_argument(
         "--query", metavar="ROW,COLUMN", help="patch whose attention is shown, default: the central one"
     )
@@ -145,7 +143,7 @@ def main(argv=None):
     parser.add_argument(
         "--modified", action=argparse.BooleanOptionalAction, help="two more terms in front, default yes"
     )
-    parser.add_argument("--output", type=Path, default=Path("attention_map"))
+    parser.add_argument("--output", type=Path, default=Path("attention_map"), help="folder of the pictures")
     args = parser.parse_args(argv)
 
     geometry = {key: getattr(args, key) for key in GEOMETRY if getattr(args, key) is not None}

@@ -101,12 +101,15 @@ def test_a_command_that_measures_exists_with_its_options(module, monkeypatch):
 
 
 def _help(module, part, monkeypatch):
-    """The options that ``python -m MODULE [PART] --help`` names."""
+    """The options that ``python -m MODULE [PART] --help`` names, each with a line of its own."""
     monkeypatch.setattr(sys, "argv", [module, *part, "--help"])
     printed = io.StringIO()
     with pytest.raises(SystemExit) as end, redirect_stdout(printed), redirect_stderr(printed):
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert end.value.code == 0, printed.getvalue()
+    lines = [*printed.getvalue().partition("options:")[2].split("\n"), ""]
+    for line, following in itertools.pairwise(lines):  # an explanation follows two spaces, or stands in the next line
+        assert not re.fullmatch(r"  --\S+( \S+)*", line) or following.startswith(" " * 10), f"{module}: {line}"
     return set(re.findall(r"--[a-z][a-z-]*", printed.getvalue()))
 
 

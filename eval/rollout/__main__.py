@@ -1,4 +1,4 @@
-"""Simulated rollouts of a policy: score, success rate, 95 % intervals, per-episode rows and a video.
+"""Test a policy in simulation: score and success with 95 % intervals, a row an episode, and a video.
 
 python -m eval.rollout --checkpoint RUN_OR_CHECKPOINT --episodes 50 --seed 100000 --output DIR
 """
@@ -18,7 +18,7 @@ from policy.denoiser.samplers import SAMPLERS
 def main(argv=None):
     parser = Parser("eval.rollout", __doc__)
     parser.add_argument("--checkpoint", required=True, help="run folder or .safetensors file")
-    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--episodes", type=int, default=50, help="test episodes, one a seed")
     parser.add_argument("--seed", type=int, default=100_000, help="first of consecutive test seeds")
     parser.add_argument("--num-envs", type=int, help="environments at a time, default as in training")
     parser.add_argument("--workers", type=int, help="processes that hold them, 0: this one; default as in training")
@@ -28,7 +28,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=None, help="denoising steps, default as trained")
     parser.add_argument("--precision", default="fp32", help="fp32 (default) or bf16")
     parser.add_argument("--action-steps", type=int, default=None, help="executed steps of a chunk, default as trained")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=None, help="default: rollouts/NAME")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():

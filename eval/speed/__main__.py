@@ -139,26 +139,29 @@ def main(argv=None):
     parser = Parser("eval.speed", __doc__)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    common.add_argument("--dtype", default="float32", help=", ".join(DTYPES))
+    common.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)}; default float32")
     common.add_argument("--seconds", type=float, default=3, help="time of one comparison, roughly; default 3")
-    common.add_argument("--variant", default="paper", help=", ".join(VARIANTS))
+    common.add_argument("--variant", default="paper", help=f"{', '.join(VARIANTS)}; default paper")
     tokens = "patch tokens a batch, default {cpu:,} (cpu), {cuda:,} (cuda)".format(**TOKENS)
     common.add_argument("--tokens", type=int, help=tokens)
     common.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
     parts = {"title": "what is measured", "metavar": "WHAT", "required": True}
     commands = parser.add_subparsers(**parts, parser_class=argparse.ArgumentParser)
 
-    sub = commands.add_parser("attention", parents=[common], help="Fibottention beside dense attention")
+    def part(name, title, **options):
+        return commands.add_parser(name, help=title, description=title, **options)
+
+    sub = part("attention", "Fibottention beside dense attention", parents=[common])
     sub.set_defaults(run=attention)
-    sub.add_argument("--backend", default="auto", help=", ".join(BACKENDS))
+    sub.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)}; default auto")
     sub.add_argument("--patches", type=int, nargs="+", default=PATCHES, metavar="N", help=f"default {PATCHES}")
     sub.add_argument("--heads", type=int, default=12, help="default 12")
     sub.add_argument("--head-dim", type=int, default=64, help="width of a head, default 64")
-    check = "compare results with a float64 formula, up to 1568 patches"
+    check = "compare results with a float64 formula, up to 1568 patches; default yes"
     sub.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help=check)
     sub.add_argument("--output", type=Path, default=Path("speed/attention"), help="folder, default speed/attention")
 
-    sub = commands.add_parser("encoder", parents=[common], help="a whole ViT beside timm's")
+    sub = part("encoder", "a whole ViT beside timm's", parents=[common])
     sub.set_defaults(run=encoder)
     images = [84, 448]  # the crop of Push-T; 56 x 56 patches
     sub.add_argument("--images", type=int, nargs="+", default=images, metavar="PX", help=f"sizes, default {images}")
@@ -166,11 +169,11 @@ def main(argv=None):
     sub.add_argument("--patch-size", type=int, default=8, help="px, default 8")
     sub.add_argument("--output", type=Path, default=Path("speed/encoder"), help="folder, default speed/encoder")
 
-    sub = commands.add_parser("rollout", help="rollouts side by side, beside one that draws at every step")
+    sub = part("rollout", "rollouts side by side, beside one that draws at every step")
     sub.set_defaults(run=rollouts)
     sub.add_argument("--checkpoint", required=True, help="run folder or .safetensors file of a policy")
     sub.add_argument("--episodes", type=int, default=50, help="default 50")
-    sub.add_argument("--seed", type=int, default=100_000, help="first of consecutive test seeds")
+    sub.add_argument("--seed", type=int, default=100_000, help="first of consecutive test seeds, default 100000")
     sub.add_argument("--num-envs", type=int, help="environments at a time, default as in training")
     sub.add_argument("--workers", type=int, help="processes that hold them, default as in training")
     sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
@@ -178,7 +181,7 @@ def main(argv=None):
     sub.add_argument("--output", type=Path, default=Path("speed/rollout"), help="folder, default speed/rollout")
 
     for name, (module, title) in WITH_OPTIONS.items():
-        sub = commands.add_parser(name, help=title)
+        sub = part(name, title)
         sub.set_defaults(run=lambda args, module=module: _write(args, *module.run(args)))
         module.add_options(sub)
         if name in PLAIN:
