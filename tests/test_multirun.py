@@ -168,8 +168,8 @@ def test_a_sweep_of_language_models_and_its_report(tmp_path):
     small = ["model.dim=16", "model.depth=1", "model.num_heads=2", "context=16", "contexts=[0]", "stride=16"]
     door("language", "--multirun", "attention=softmax,performer", f"text={text}", f"output={tmp_path}/sweep", *small,
          "training.max_steps=2", "training.warmup_steps=1")  # fmt: skip
-    report.main([str(tmp_path / "sweep")])
-    shown = (tmp_path / "sweep" / "report.md").read_text()
+    report.main([str(tmp_path / "sweep"), "--output", str(tmp_path / "report.html")])
+    shown = (tmp_path / "report.md").read_text()
     assert "softmax" in shown and "performer" in shown and "bits a byte" in shown
 
 

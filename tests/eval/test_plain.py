@@ -122,7 +122,7 @@ def test_losses_and_gradients_are_the_same(prediction):
 
 def test_steps_are_those_of_the_trainer(tmp_path, monkeypatch):
     config, policy, data = trained()
-    monkeypatch.setattr(Trainer, "_step_seed", lambda self, step: 0)
+    monkeypatch.setattr("policy.training.trainer.step_seed", lambda seed, step: 0)
     expected = copy.deepcopy(policy)
     options = {"options": config["training"], "config": {}, "run_dir": tmp_path, "device": "cpu"}
     trainer = Trainer(expected, data, None, **options)
