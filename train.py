@@ -9,8 +9,8 @@
     python train.py --config-dir=config/pusht resume=RUN_FOLDER        go on exactly where a run stopped
     torchrun --nproc_per_node 2 train.py --config-dir=config/pusht     several processes
 
-From here to the loss: the configuration, this file, eval/benchmark/policy.py, policy/diffusion.py and
-policy/attention/fibottention.py.
+From here to the loss: the configuration, this file, eval/benchmark/policy.py, policy/training/trainer.py and
+policy/diffusion.py; the encoder inside it: policy/encoder/vit.py, policy/attention/fibottention.py.
 """
 
 import contextlib
@@ -75,16 +75,16 @@ def job(config):
 def main(config):
     """One job. In a sweep one that fails says why and the others go on; only a signal ends them all."""
     settings = HydraConfig.get()
-    if settings.mode != RunMode.MULTIRUN:
-        job(config)
-        return
+    sweeps = settings.mode == RunMode.MULTIRUN
     try:
         job(config)
         return
     except SystemExit as end:
-        if end.code != 1:
+        if not sweeps or end.code != 1:
             raise
     except Exception:
+        if not sweeps:
+            raise
         traceback.print_exc()
     # Here, without the frames of the error: hydra keeps what is raised to the end, and they hold the model.
     raise HydraException(f"job {settings.job.num} of the sweep failed: {' '.join(settings.overrides.task)}")

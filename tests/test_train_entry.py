@@ -15,7 +15,6 @@ from eval.benchmark import demonstrations
 from eval.shared.compose import compose, locate_data
 from eval.shared.overrides import CONFIG
 from policy.build import build_model
-from policy.checkpoint import save_checkpoint
 from policy.dataset.replay_buffer import open_zarr
 
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
@@ -87,8 +86,7 @@ def saved_model(path, cameras):
     """A policy with random weights and its checkpoint at ``path``."""
     config = camera_config(cameras)
     model = build_model(config)
-    tensors = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_checkpoint(path, tensors, config=config, state={"step": 0})
+    tiny.save(path, model, config)
     return model
 
 
@@ -193,7 +191,7 @@ def test_every_sequence_preset_builds(task, preset):
     config["model"]["vocabulary"] = config["vocabulary"]
     with torch.device("meta"):
         model = build_model(config)
-    assert config["preset"] == preset and sum(p.numel() for p in model.parameters()) > 1e5
+    assert config["preset"] == f"{task}_{preset}" and sum(p.numel() for p in model.parameters()) > 1e5
 
 
 def test_another_task_of_robosuite_is_configuration_only(tmp_path):

@@ -72,6 +72,7 @@ class Benchmark(Protocol):
     """What is trained, on what, and how it is judged: one class a kind, in eval/benchmark."""
 
     config: dict  # resolved, with what only the data say; stored with every checkpoint
+    notes: dict  # {heading: text}, more lines of the plan
     model: Model
     train_data: Dataset
     val_data: Dataset | None
