@@ -174,18 +174,6 @@ def test_compiled_function(table):
     assert bitwise([out, *torch.autograd.grad(out, leaves, inputs[3])], evaluate(*inputs, HEADS))
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-def test_compiled_module(backend):
-    attention = build(backend=backend)
-    torch._dynamo.reset()
-    x, found = torch.randn(2, 17, 24), []
-    for module in (torch.compile(attention, fullgraph=True, backend="aot_eager"), attention):
-        out = module(x)
-        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), attention.parameters())])
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want)
-
-
 @pytest.mark.parametrize("backend", ["auto", "cpu", "dense"])
 def test_exported_module(backend):
     attention = build(backend=backend).eval()
@@ -301,19 +289,3 @@ def test_module_without_memory():
     assert "density=" in repr(attention)
     with pytest.warns(UserWarning, match="device: got meta, allowed: cpu, cuda"):
         assert attention(torch.empty(2, 17, 24, device="meta")).shape == (2, 17, 24)
-
-
-def test_dropout_of_weights_is_dense_and_warns():
-    x = torch.randn(2, 17, 24)
-    out = []
-    for backend in ("auto", "dense"):
-        attention = build(attn_drop=0.25, backend=backend)
-        torch.manual_seed(1)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            out.append(attention(x))
-        assert len(caught) == (backend == "auto")
-    assert torch.equal(*out)
-    with pytest.raises(ValueError, match="backend 'cpu': dropout of attention weights: got 0.25"):
-        build(attn_drop=0.25, backend="cpu")(x)
-    build(attn_drop=0.25, backend="cpu").eval()(x)
