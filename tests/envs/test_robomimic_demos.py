@@ -24,16 +24,9 @@ from envs.robomimic.env import RobosuiteEnv  # noqa: E402
 from envs.robomimic.expert import LIMITS, run_episode  # noqa: E402
 from envs.robomimic_demos import main  # noqa: E402
 
-LOW_DIM = {
-    "robot0_eef_pos": 3,
-    "robot0_eef_quat": 4,
-    "robot0_eef_quat_site": 4,
-    "robot0_gripper_qpos": 2,
-    "robot0_gripper_qvel": 2,
-    "robot0_joint_pos": 7,
-    "robot0_joint_vel": 7,
-    "object": 10,
-}
+ROBOT = {"eef_pos": 3, "eef_quat": 4, "eef_quat_site": 4, "gripper_qpos": 2, "gripper_qvel": 2}
+ROBOT |= {"joint_pos": 7, "joint_vel": 7}
+LOW_DIM = {**{f"robot0_{key}": size for key, size in ROBOT.items()}, "object": 10}
 IMAGES = ("agentview_image", "robot0_eye_in_hand_image")
 SET = {"--task": "lift", "--episodes": 3, "--seed": 7, "--image-size": 32, "--processes": 1}
 
@@ -47,12 +40,12 @@ def command(output, *flags, **changes):
 def contents(path):
     """{name: (attributes, array or None)} of everything in an HDF5 file."""
     found = {}
+
+    def add(name, item):
+        found[name] = dict(item.attrs), item[()] if isinstance(item, h5py.Dataset) else None
+
     with h5py.File(path, "r") as file:
-        file.visititems(
-            lambda name, item: found.update(
-                {name: (dict(item.attrs), item[()] if isinstance(item, h5py.Dataset) else None)}
-            )
-        )
+        file.visititems(add)
     return found
 
 
@@ -95,6 +88,7 @@ def test_the_expert_of_lift_succeeds(lift):
     assert not np.array_equal(run_episode(lift, 13)["states"][0], episode["states"][0])
 
 
+@pytest.mark.slow
 def test_the_expert_of_can_succeeds():
     env = RobosuiteEnv(task="PickPlaceCan", actions="recorded", cameras=())
     for seed, recovery in ((21, False), (22, True), (23, True)):
@@ -147,6 +141,7 @@ def test_seeds_are_disjoint_and_the_split_is_nine_to_one():
     assert [len(part) for part in split(1, 0).values()] == [1, 0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_set(demos, tmp_path, capsys):
     """The killed one works with two processes, which end with it; what they finished is not made again."""
     output, partial = tmp_path / "set.hdf5", tmp_path / "set.hdf5.partial"
@@ -187,8 +182,7 @@ def test_failed_episodes_are_drawn_again_and_counted(tmp_path, monkeypatch, caps
     monkeypatch.setattr(demo_maker, "run_episode", fail_twice)
     assert main(command(tmp_path / "a.hdf5", "--no-images", episodes=2, recovery=0)) == 0
     assert seeds == [episode_seed(7, index, attempt) for index in (0, 1) for attempt in (0, 1)]
-    output = capsys.readouterr().out
-    assert "2 episodes, " in output and "succeeded in 50.0%, 2 failures left out" in output
+    assert "succeeded in 50.0%, 2 failures" in capsys.readouterr().out
     with h5py.File(tmp_path / "a.hdf5", "r") as file:
         assert [file["data"][f"demo_{i}"].attrs["seed"] for i in (0, 1)] == [seeds[1], seeds[3]]
         assert set(file["data/demo_0/obs"]) == set(LOW_DIM)
@@ -253,10 +247,9 @@ def test_robomimic_reads_the_set(demos):
 
 
 def test_recorded_actions_replay_to_success(demos, lift):
-    for name in ("demo_0", "demo_1"):
-        with h5py.File(demos, "r") as file:
-            demo = file["data"][name]
-            states, actions, hand = demo["states"][()], demo["actions"][()], demo["obs/robot0_eef_pos"][()]
+    for name in ("data/demo_0", "data/demo_1"):
+        found = contents(demos)
+        states, actions, hand = (found[f"{name}/{key}"][1] for key in ("states", "actions", "obs/robot0_eef_pos"))
         lift.reset_to(states[0])
         moved = []
         for action in actions:
@@ -297,8 +290,7 @@ def bare(demos, tmp_path):
 
 
 def draw(source, output, *words):
-    options = ("--image-size", "32", "--processes", "1", *words)
-    return robomimic_images.main([str(source), str(output), *options])
+    return robomimic_images.main([str(source), str(output), "--image-size", "32", "--processes", "1", *words])
 
 
 def change_env_args(path, **changes):
@@ -339,8 +331,7 @@ def test_models_of_other_versions_are_left_alone(bare, demos, tmp_path, capsys):
             demo.attrs["model_file"] = "<mujoco>of another version</mujoco>"
             demo["rewards"] = np.full(demo.attrs["num_samples"], 0.25)
     assert draw(bare, tmp_path / "out.hdf5", "--cameras", "robot0_eye_in_hand") == 0
-    output = capsys.readouterr().out
-    assert "robosuite 1.4.1, installed 1.5" in output and "only the states are restored" in output
+    assert "only the states are restored" in capsys.readouterr().out
     found, expected = contents(tmp_path / "out.hdf5"), contents(demos)
     name = "data/demo_0/obs/robot0_eye_in_hand_image"
     np.testing.assert_array_equal(found[name][1], expected[name][1])
@@ -349,37 +340,28 @@ def test_models_of_other_versions_are_left_alone(bare, demos, tmp_path, capsys):
     np.testing.assert_array_equal(found["data/demo_0/dones"][1], expected["data/demo_0/dones"][1])
 
 
-def _no_states(file):
-    del file["data/demo_1/states"]
-
-
 def _narrow_states(file):
     for demo in file["data"].values():
-        states = demo["states"][()]
-        del demo["states"]
+        states = demo.pop("states")[()]
         demo["states"] = states[:, :31]
 
 
-def _bad_model(file):
-    file["data/demo_0"].attrs["model_file"] = "<mujoco>"
-
-
 @pytest.mark.parametrize(
-    "damage, changes, words",
+    "damage, words",
     [
-        (_no_states, {}, "data/demo_1: got no states"),
-        (_narrow_states, {}, "data/demo_0: state: got shape (31,)"),
-        (_bad_model, {}, "data/demo_0: model_file"),
-        (None, {"type": 2}, "env_args type: got 2"),
-        (None, {"env_version": "2.0.1"}, "env_version: got '2.0.1'"),
-        (None, {"env_name": "Lifting"}, "env_name: got 'Lifting' (did you mean 'Lift'?)"),
-        (lambda file: file["data"].attrs.pop("env_args"), {}, "attribute env_args"),
-        (lambda file: file.pop("data"), {}, "got no data/demo_0"),
+        (lambda file: file.pop("data/demo_1/states"), "data/demo_1: got no states"),
+        (_narrow_states, "data/demo_0: state: got shape (31,)"),
+        (lambda file: file["data/demo_0"].attrs.__setitem__("model_file", "<mujoco>"), "data/demo_0: model_file"),
+        ({"type": 2}, "env_args type: got 2"),
+        ({"env_version": "2.0.1"}, "env_version: got '2.0.1'"),
+        ({"env_name": "Lifting"}, "env_name: got 'Lifting' (did you mean 'Lift'?)"),
+        (lambda file: file["data"].attrs.pop("env_args"), "attribute env_args"),
+        (lambda file: file.pop("data"), "got no data/demo_0"),
     ],
 )
-def test_files_that_cannot_be_drawn(damage, changes, words, bare, tmp_path, capsys):
-    if changes:
-        change_env_args(bare, **changes)
+def test_files_that_cannot_be_drawn(damage, words, bare, tmp_path, capsys):
+    if isinstance(damage, dict):
+        change_env_args(bare, **damage)
     else:
         with h5py.File(bare, "a") as file:
             damage(file)
@@ -390,24 +372,19 @@ def test_files_that_cannot_be_drawn(damage, changes, words, bare, tmp_path, caps
 
 
 def test_bad_sources_and_options(bare, tmp_path, capsys):
-    truncated, nothing = tmp_path / "short.hdf5", tmp_path / "text.hdf5"
-    truncated.write_bytes(bare.read_bytes()[:-1000])
-    nothing.write_text("no HDF5")
-    for source, words in (
-        (truncated, "not a whole HDF5"),
-        (nothing, "not a whole HDF5"),
-        (tmp_path / "missing.hdf5", "missing.hdf5, which is no file"),
-    ):
+    (tmp_path / "short.hdf5").write_bytes(bare.read_bytes()[:-1000])
+    (tmp_path / "text.hdf5").write_text("no HDF5")
+    for source in (tmp_path / f"{name}.hdf5" for name in ("short", "text", "missing")):
         assert draw(source, tmp_path / "out.hdf5") == 1
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and words in error and error.count("\n") == 1
+        assert error.startswith("error: ") and str(source) in error and error.count("\n") == 1
     for option, value in (("image-size", "0"), ("cameras", ""), ("processes", "0"), ("cameras", "nowhere")):
         assert draw(bare, tmp_path / "out.hdf5", f"--{option}", value) == 1
-        error = capsys.readouterr().err
-        assert f"{option.replace('-', '_')}: got" in error and value in error
+        assert f"{option.replace('-', '_')}: got" in capsys.readouterr().err
     assert draw(bare, tmp_path / "out.zarr") == 1 and "output: got" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_maker_draws_a_file_once(bare, demos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     options = {"cache_dir": tmp_path / "cache", "image_size": 32}
