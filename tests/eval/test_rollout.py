@@ -18,11 +18,8 @@ from eval.rollout.__main__ import main
 from eval.rollout.loop import Running, act_together, describe, rollout, stack, summarize, write_results
 from eval.shared.intervals import mean_interval, rate_interval
 from policy.build import build_model
-from policy.checkpoint import save_checkpoint
 
 BATCH = 25  # rows of a policy call by default
-
-
 ENV = {"name": "fake_env:FakeEnv"}
 
 
@@ -138,12 +135,7 @@ def test_scores_follow_from_the_rewards():
         while not done:
             reward, done, _ = env.step(np.array([row["seed"], env.steps]))
             rewards.append(reward)
-        assert row == {
-            "seed": row["seed"],
-            "score": max(rewards),
-            "success": row["seed"] % 3 == 0,
-            "steps": len(rewards),
-        }
+        assert row == {"seed": env.seed, "score": max(rewards), "success": env.seed % 3 == 0, "steps": len(rewards)}
         assert type(row["success"]) is bool
     scores = [row["score"] for row in summary["episodes"]]
     assert summary["score_mean"] == pytest.approx(sum(scores) / 7)
@@ -341,9 +333,7 @@ def test_summary_of_rows():
 def test_command(tmp_path, capsys, monkeypatch):
     """From a checkpoint file to summary.json and a video; --steps and --action-steps are heeded."""
     policy = tiny_policy()
-    weights = {f"ema.{name}": tensor for name, tensor in policy.state_dict().items()}
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.safetensors"
-    save_checkpoint(checkpoint, weights, config=config_of(), state={"step": 1})
+    checkpoint = tiny.save(tmp_path / "run" / "checkpoints" / "last.safetensors", policy, config_of())
     shared = ["--episodes", "3", "--seed", "100", "--num-envs", "2", "--device", "cpu"]
     main(["--checkpoint", str(tmp_path / "run"), *shared, "--videos", "1", "--output", str(tmp_path / "out")])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -372,7 +362,6 @@ def test_command_takes_the_loop_of_the_training_run(tmp_path, monkeypatch):
     seen = {}
     empty = {"score_ci95": (0, 0), "success_ci95": (0, 0), "score_mean": 0, "success_rate": 0, "episodes": []}
     monkeypatch.setattr(command, "rollout", lambda policy, env, **options: seen.update(options) or (empty, []))
-    weights = {f"ema.{name}": tensor for name, tensor in tiny_policy().state_dict().items()}
     loop = {"num_envs": 3, "workers": 2, "batch": 5}
     for stored, arguments, expected in (
         ({"rollout": {"episodes": 9, "seed": 1, "videos": 1, **loop}}, [], loop),
@@ -380,9 +369,9 @@ def test_command_takes_the_loop_of_the_training_run(tmp_path, monkeypatch):
         ({"rollout": {"num_envs": 3}}, ["--batch", "7"], {"num_envs": 3, "batch": 7}),
         ({}, [], {}),
     ):
-        save_checkpoint(tmp_path / "a.safetensors", weights, config=config_of() | stored, state={"step": 1})
+        path = tiny.save(tmp_path / "a.safetensors", tiny_policy(), config_of() | stored)
         seen.clear()
-        main(["--checkpoint", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "out"), *arguments])
+        main(["--checkpoint", str(path), "--output", str(tmp_path / "out"), *arguments])
         assert {key: seen[key] for key in loop if key in seen} == expected
         assert seen["episodes"] == 50 and seen["seed"] == 100_000 and seen["videos"] == 9
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from film_files import COUNT, broken_files, numbers, write_video
+from films import COUNT, broken_files, numbers, write_video
 
 from policy.dataset.video import decode as video_decode
 from policy.dataset.video.decode import declared_size, frame_index, read_clip

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from film_files import broken_files, clip_files, numbers, write_video
+from films import broken_files, clip_files, numbers, write_video
 from PIL import Image
 
 from policy.dataset.video import dataset as videos
