@@ -70,6 +70,8 @@ def job(config):
         signal.signal(signal.SIGTERM, before)
         with contextlib.suppress(OSError):
             run_dir.rmdir()  # only if it is empty: a start that failed leaves no folder
+            if config.output is None:
+                run_dir.parent.rmdir()
 
 
 def main(config):

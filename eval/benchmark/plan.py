@@ -6,7 +6,7 @@ import torch
 from eval.shared.machine import free_memory
 from policy.training.batches import make_batch, step_seed
 
-PROBED = 2  # samples whose loss is computed to see what a step keeps for its gradients
+PROBED = (2, 4)  # samples whose losses are computed to see what a step keeps for its gradients
 
 
 def plan(benchmark, trainer, run_dir):
@@ -54,14 +54,19 @@ def state_bytes(model):
 
 
 def kept_bytes(benchmark, trainer):
-    """Bytes that the loss of a micro-batch of this process keeps for its gradients, scaled from a few samples.
+    """Bytes that the loss of a micro-batch of this process keeps for its gradients, from those of two small ones."""
+    rows = trainer.batch_size // (trainer.options.gradient_accumulation * trainer.accelerator.num_processes)
+    few, more = (_kept(benchmark.model, trainer, min(count, rows)) for count in PROBED)
+    return few + (rows - PROBED[0]) * max(more - few, 0) / (PROBED[1] - PROBED[0])
+
+
+def _kept(model, trainer, count):
+    """Bytes that the loss of ``count`` samples keeps beside the weights.
 
     The model is in evaluation mode: no dropout is drawn and no statistic moves.
     """
-    model, data, device = benchmark.model, trainer.train_data, trainer.accelerator.device
-    rows = trainer.batch_size // (trainer.options.gradient_accumulation * trainer.accelerator.num_processes)
-    count = min(PROBED, rows)
-    batch = make_batch(data, np.arange(count), device, crops=(0, 0))
+    device = trainer.accelerator.device
+    batch = make_batch(trainer.train_data, np.arange(count), device, crops=(0, 0))
     drawn = model.randomness(count, torch.Generator().manual_seed(step_seed(0, 0)))
     kept = {}
 
@@ -76,5 +81,5 @@ def kept_bytes(benchmark, trainer):
         losses = model(batch, {name: value.to(device) for name, value in drawn.items()})
     model.train(was_training)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    del losses
-    return sum(size for pointer, size in kept.items() if pointer not in weights) * rows / count
+    del losses  # until here its graph held what was kept
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
