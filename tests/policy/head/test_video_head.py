@@ -1,155 +1,17 @@
-"""Video classifiers: attention over space and time by brute force, heads, views, and weights shared with images."""
+"""Video classifiers: heads, views, training, and weights shared with images."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from clips import CLASSES, FRAMES, PATCHES, SIZE, SOFTMAX, SPACE_TIMES, classifier, clips, labelled, video_config
 from heads import FIBOTTENTION, assert_compiles, assert_resumes_exactly, head_config, on_resnet
 from torch import nn
 
-from policy.attention import ATTENTIONS, fibottention_mask, shuffle_heads, wythoff_offsets
+from policy.attention import ATTENTIONS
 from policy.attention.softmax import SoftmaxAttention
 from policy.build import build_model
 from policy.checkpoint import load_checkpoint, load_encoder, load_model, load_weights, save_checkpoint
 from policy.head.space_time import JointSpaceTime
-
-SIZE, FRAMES, CLASSES = 12, 3, 4
-PATCHES = 9
-SOFTMAX = {"name": "softmax"}
-SPACE_TIMES = ("divided", "joint", "space")
-
-
-def config(**options):
-    options = {"num_classes": CLASSES, "frames": FRAMES, **options}
-    return head_config("video_classifier", size=SIZE, depth=3, **options)
-
-
-def classifier(*, trained=True, **options):
-    """A model in evaluation mode; ``trained``: with weights that let time and attention patterns matter."""
-    torch.manual_seed(0)
-    model = build_model(config(**options)).eval()
-    if trained:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.startswith("head.") or ".fc." in name or "time_embed" in name:
-                    parameter.normal_(std=0.3)
-                elif name.endswith("qkv.weight"):
-                    parameter.mul_(10)
-    return model
-
-
-def clips(count=2, *, lead=(), seed=0):
-    return torch.rand(count, *lead, FRAMES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def labelled(count=4, **options):
-    return {"video": clips(count, **options), "label": torch.arange(count) % CLASSES}
-
-
-# By brute force, in float64 and from the weights alone ---------------------------------------------------------------
-
-
-class Reference:
-    """The pieces of a ViT from a ``state_dict``; one token sequence (T, C) at a time."""
-
-    def __init__(self, model):
-        self.w = {key: value.double() for key, value in model.state_dict().items()}
-        self.blocks = [f"encoder.encoders.image.vit.blocks.{layer}" for layer in range(len(model.vision.vit.blocks))]
-        self.heads = model.vision.vit.blocks[0].attn.num_heads
-
-    def linear(self, x, name):
-        return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
-
-    def norm(self, x, name):
-        return F.layer_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.w[f"{name}.bias"], eps=1e-6)
-
-    def attention(self, x, name, masks=None):
-        q, k, v = (part.chunk(self.heads, dim=-1) for part in self.linear(x, f"{name}.qkv").chunk(3, dim=-1))
-        out = []
-        for head in range(self.heads):
-            scores = q[head] @ k[head].T / q[head].shape[-1] ** 0.5
-            scores = scores if masks is None else scores * masks[head]  # the published rule: score 0, weight exp(0)
-            out.append(scores.softmax(dim=-1) @ v[head])
-        return self.linear(torch.cat(out, dim=-1), f"{name}.proj")
-
-    def mlp(self, x, name):
-        return self.linear(F.gelu(self.linear(self.norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")), f"{name}.mlp.fc2")
-
-    def embed(self, video):
-        """Class token (C,) and patches (F, N, C) of one clip, with position and time codes."""
-        vit = "encoder.encoders.image.vit"
-        filters = self.w[f"{vit}.patch_embed.proj.weight"]
-        pixels = F.unfold(video.double(), filters.shape[-1], stride=filters.shape[-1]).transpose(1, 2)
-        patches = pixels @ filters.flatten(1).T + self.w[f"{vit}.patch_embed.proj.bias"]
-        position = self.w[f"{vit}.pos_embed"][0]
-        patches = patches + position[1:] + self.w["space_time.time_embed"][0][:, None]
-        return self.w[f"{vit}.cls_token"][0, 0] + position[0], patches
-
-
-def pattern(layer, tokens, heads):
-    return fibottention_mask(shuffle_heads(wythoff_offsets(tokens, heads, variant="robot"), layer), tokens)
-
-
-def reference_divided(model, video, *, sparse, average):
-    """Tokens after the blocks (F, 1+N, C) of one clip (F, 3, s, s): section 3 of arXiv 2102.05095, loop by loop."""
-    r = Reference(model)
-    token, patches = r.embed(video)
-    tokens = [token] * FRAMES
-    for layer, block in enumerate(r.blocks):
-        time, masks = f"space_time.layers.{layer}", pattern(layer, PATCHES, r.heads) if sparse else None
-        for n in range(PATCHES):
-            x = r.norm(patches[:, n], f"{time}.norm")  # (F, C)
-            patches = patches.clone()
-            patches[:, n] += r.linear(r.attention(x, f"{time}.attn"), f"{time}.fc")
-        frames = [torch.cat([tokens[f][None], patches[f]]) for f in range(FRAMES)]
-        frames = [x + r.attention(r.norm(x, f"{block}.norm1"), f"{block}.attn", masks) for x in frames]
-        tokens, patches = [x[0] for x in frames], torch.stack([x[1:] for x in frames])
-        if average:
-            tokens = [sum(tokens) / FRAMES] * FRAMES
-        tokens, patches = [t + r.mlp(t, block) for t in tokens], patches + r.mlp(patches, block)
-    return r.norm(torch.cat([torch.stack(tokens)[:, None], patches], dim=1), "encoder.encoders.image.vit.norm")
-
-
-def reference_joint(model, video, *, sparse):
-    """The same of joint attention: one sequence of 1 + F * N tokens."""
-    r = Reference(model)
-    token, patches = r.embed(video)
-    x = torch.cat([token[None], *patches])
-    for layer, block in enumerate(r.blocks):
-        masks = pattern(layer, FRAMES * PATCHES, r.heads) if sparse else None
-        x = x + r.attention(r.norm(x, f"{block}.norm1"), f"{block}.attn", masks)
-        x = x + r.mlp(x, block)
-    x = r.norm(x, "encoder.encoders.image.vit.norm")
-    frames = [torch.cat([x[:1], part]) for part in x[1:].split(PATCHES)]
-    return torch.stack(frames)
-
-
-@pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("sparse", [False, True])
-def test_divided_attention(sparse, average):
-    attention = FIBOTTENTION if sparse else SOFTMAX
-    model = classifier(attention=attention, average_class_token=average)
-    video = clips()
-    with torch.no_grad():
-        tokens = model.space_time(model.vision, video)
-    for clip in range(2):
-        expected = reference_divided(model, video[clip], sparse=sparse, average=average)
-        torch.testing.assert_close(tokens[clip], expected.float(), rtol=0, atol=2e-5)
-        for other in ({"sparse": not sparse, "average": average}, {"sparse": sparse, "average": not average}):
-            assert (reference_divided(model, video[clip], **other) - expected).abs().max() > 1e-2, other
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_joint_attention(sparse):
-    """Also that patterns run over the flattened sequence of all frames."""
-    model = classifier(attention=FIBOTTENTION if sparse else SOFTMAX, space_time="joint")
-    video = clips()
-    with torch.no_grad():
-        tokens = model.space_time(model.vision, video)
-    for clip in range(2):
-        expected = reference_joint(model, video[clip], sparse=sparse)
-        torch.testing.assert_close(tokens[clip], expected.float(), rtol=0, atol=2e-5)
-        assert (reference_joint(model, video[clip], sparse=not sparse) - expected).abs().max() > 1e-2
-
 
 # What stays of the image encoder --------------------------------------------------------------------------------------
 
@@ -408,7 +270,7 @@ class Clips:
 
 @pytest.mark.parametrize("space_time", ["divided", "joint"])
 def test_a_run_resumes_exactly_and_its_encoder_is_one_of_images(space_time, tmp_path, runs):
-    options = config(space_time=space_time, features="mean", dropout=0.1)
+    options = video_config(space_time=space_time, features="mean", dropout=0.1)
     whole = assert_resumes_exactly(options, Clips(), tmp_path, batch_size=3, layer_decay=0.8)
     model = load_model(tmp_path / "whole")
     assert torch.equal(model.logits({"video": clips()}), whole.ema.model.logits({"video": clips()}))
@@ -451,8 +313,8 @@ def test_classifiers_that_cannot_be(options, key):
 
 def test_frames_on_an_encoder_without_tokens():
     with pytest.raises(ValueError, match="space_time"):
-        build_model(on_resnet(config()))
-    model = build_model(on_resnet(config(space_time="space"))).eval()
+        build_model(on_resnet(video_config()))
+    model = build_model(on_resnet(video_config(space_time="space"))).eval()
     assert model.logits({"video": torch.zeros(1, FRAMES, 3, 84, 84)}).shape == (1, CLASSES)
 
 
