@@ -18,7 +18,7 @@ from eval.benchmark import image
 from eval.benchmark.classification import predict, topk
 from eval.benchmark.demonstrations import start_encoder
 from policy.build import build_model
-from policy.checkpoint import load_encoder, load_model, save_checkpoint
+from policy.checkpoint import load_encoder, load_model
 
 CLASSES = ("blue", "green", "red")
 SMALL = ["encoder.dim=16", "encoder.depth=1", "encoder.num_heads=2", "encoder.mlp_ratio=2"]
@@ -47,10 +47,7 @@ def folder(tmp_path_factory):
 def policy_run(tmp_path_factory):
     """A checkpoint of a tiny policy that sees crops of 8 of 12 px."""
     config = tiny.policy_config(images=True)
-    path = tmp_path_factory.mktemp("policy") / "policy.safetensors"
-    tensors = {f"ema.{key}": value for key, value in build_model(config).state_dict().items()}
-    save_checkpoint(path, tensors, config=config, state={"step": 0})
-    return path
+    return tiny.save(tmp_path_factory.mktemp("policy") / "policy.safetensors", build_model(config), config)
 
 
 def probe_images(*arguments):

@@ -15,7 +15,6 @@ from eval.report.kinds import KINDS
 from eval.report.runs import read_lines, read_runs
 from eval.shared.intervals import mean_interval, rate_interval, seed_interval, t_quantile
 from policy.build import build_model
-from policy.checkpoint import save_checkpoint
 
 SCORE, SUCCESS = KINDS["diffusion"].metrics
 
@@ -204,9 +203,9 @@ def test_a_repeated_seed_does_not_count_twice(tmp_path):
 def test_results_of_eval_rollout_are_grouped_by_the_configuration_of_their_checkpoint(tmp_path):
     for seed in (1, 2):
         config = {**tiny.policy_config(), "seed": seed}
-        tensors = {f"ema.{name}": tensor for name, tensor in build_model(config).state_dict().items()}
         checkpoint = tmp_path / f"step=00000004_score=0.{seed}.safetensors"
-        save_checkpoint(checkpoint, tensors, config=config, state={"step": 4})
+        model = build_model(config)
+        tiny.save(checkpoint, model, config, step=4)
         for name, count in (("few", 2), ("many", 3)):
             folder = tmp_path / "rollouts" / f"{name}{seed}"
             folder.mkdir(parents=True)
@@ -216,7 +215,7 @@ def test_results_of_eval_rollout_are_grouped_by_the_configuration_of_their_check
     assert [run.folder.name for run in few.runs] == ["few1", "few2"]
     assert (few.name, many.name) == ("eval.rollout.episodes=2", "eval.rollout.episodes=3")
     assert few.options["checkpoint"] == "step=00000004"
-    assert few.runs[0].parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert few.runs[0].parameters == sum(tensor.numel() for tensor in model.state_dict().values())
     checkpoint.unlink()
     lost = groups_of(tmp_path / "rollouts" / "few2")
     assert lost[0].options["checkpoint"] == str(checkpoint) and lost[0].runs[0].parameters is None

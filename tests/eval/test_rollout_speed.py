@@ -9,7 +9,6 @@ import tiny
 from eval.speed import __main__ as speed
 from eval.speed import rollout as rollout_speed
 from eval.speed.rollout import DrawEveryStep, measure_rollout
-from policy.checkpoint import save_checkpoint
 
 ENV = {"name": "fake_env:FakeEnv"}
 RUN = {"episodes": 5, "seed": 100, "batch": 4}
@@ -48,12 +47,8 @@ def test_the_command_writes_both_loops(tmp_path, capsys):
     config = tiny.policy_config()
     config["task"] |= {"name": "fake", "env": ENV}
     config["rollout"] = {"seed": 100, "batch": 4, "num_envs": 2, "workers": 0}
-    model = tiny.policy()
-    tensors = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_checkpoint(tmp_path / "policy.safetensors", tensors, config=config, state={"step": 0})
-    speed.main(
-        ["rollout", "--checkpoint", str(tmp_path / "policy.safetensors"), "--episodes", "3", "--output", str(tmp_path)]
-    )
+    path = tiny.save(tmp_path / "policy.safetensors", tiny.policy(), config)
+    speed.main(["rollout", "--checkpoint", str(path), "--episodes", "3", "--output", str(tmp_path)])
     results = json.loads((tmp_path / "rollout.json").read_text())
     assert [row["num_envs"] for row in results["rows"]] == [1, 2] and results["settings"]["episodes"] == 3
     text = (tmp_path / "rollout.md").read_text()

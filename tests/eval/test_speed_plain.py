@@ -16,7 +16,6 @@ from eval.speed import load as load_speed
 from eval.speed import sample as sample_speed
 from eval.speed import train as train_speed
 from policy.build import build_model
-from policy.checkpoint import save_checkpoint
 from policy.dataset.features import cache_features
 from policy.diffusion import DiffusionPolicy
 
@@ -161,12 +160,10 @@ def needs(horizon):
 
 
 def test_sample_of_a_checkpoint(tmp_path, slow_clock, monkeypatch):
-    policy = tiny.policy(images=True)
-    tensors = {f"ema.{name}": tensor for name, tensor in policy.state_dict().items()}
     config = tiny.policy_config(images=True)
     config["task"]["name"] = "fake"
-    save_checkpoint(tmp_path / "policy.safetensors", tensors, config=config, state={"step": 0})
-    options = ["--checkpoint", str(tmp_path / "policy.safetensors"), "--samplers", "dpmpp_2m:3", *PLAIN[:4]]
+    path = tiny.save(tmp_path / "policy.safetensors", tiny.policy(images=True), config)
+    options = ["--checkpoint", str(path), "--samplers", "dpmpp_2m:3", *PLAIN[:4]]
     results, table = results_of("sample", tmp_path, *options)
     assert {row["sampler"] for row in results["rows"]} == {None, "dpmpp_2m"} and "fake, policy.safetensors" in table
 

@@ -16,7 +16,7 @@ from paths import ROOT
 
 from policy import load_policy
 from policy.build import build_model
-from policy.checkpoint import load_checkpoint, save_checkpoint
+from policy.checkpoint import load_checkpoint
 from policy.denoiser.samplers import sampling_steps
 from policy.export import export
 from policy.export import main as export_command
@@ -61,8 +61,7 @@ def write_policy(path, config, *, seed=0):
     for key in (*policy.encoder.low_dim, "action"):
         data = torch.randn(5, *policy.normalizer.get_buffer(f"{key}_scale").shape)
         policy.normalizer.fit(key, 30 * data + 7, policy.scaled if key == "action" else None)
-    weights = {f"ema.{name}": tensor for name, tensor in policy.state_dict().items()}
-    save_checkpoint(path, weights, config=config, state={"step": 1})
+    tiny.save(path, policy, config)
     return policy
 
 

@@ -33,26 +33,11 @@ def default_weights(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"seed": 1},
-        {"lr": 2e-2},
-        {"min_lr": 5e-3},
-        {"optimizer": "sgd"},
-        {"schedule": "steps"},
-        {"betas": [0.8, 0.999]},
-        {"betas": [0.95, 0.9]},
-        {"eps": 1e-2},
-        {"weight_decay": 0.5},
-        {"warmup_steps": 4},
-        {"epochs": 5},
-        {"max_steps": 8},
-        {"batch_size": 5},
-        {"gradient_clip": 0.01},
-        {"windows_per_group": 4},
-        {"precision": "bf16"},
-    ],
+    [{"seed": 1}, {"lr": 2e-2}, {"min_lr": 5e-3}, {"optimizer": "sgd"}, {"schedule": "steps"}, {"betas": [0.8, 0.999]},
+     {"betas": [0.95, 0.9]}, {"eps": 1e-2}, {"weight_decay": 0.5}, {"warmup_steps": 4}, {"epochs": 5}, {"max_steps": 8},
+     {"batch_size": 5}, {"gradient_clip": 0.01}, {"windows_per_group": 4}, {"precision": "bf16"}],
     ids=str,
-)
+)  # fmt: skip
 def test_option_changes_the_weights(tmp_path, default_weights, change):
     """After six steps; the length of the run matters through the schedule."""
     changed = start(tmp_path, val=False, **change)
