@@ -140,7 +140,7 @@ def plot_coverage(patterns, prefix_tokens, path):
     curve_axes.grid(alpha=0.3)
     for axes in (seen_axes, reach_axes):
         axes.set(xlabel="key patch", ylabel="query patch")
-    save_png(figure, path, dpi=100)
+    save_png(figure, path, dpi=100, colours=256)
 
 
 def _discrete(axes, numbers, step, colours, names, *, zero):
@@ -200,7 +200,7 @@ def plot_attention(weights, picture, *, grid, patch, prefix_tokens, query, title
         for axes in (row[0], *row[2:]):
             corner = (query[1] * patch - 0.5, query[0] * patch - 0.5)
             axes.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor=BLUE, linewidth=2))
-    save_png(figure, path)
+    save_png(figure, path, dpi=110)
 
 
 def tint(picture, values, scale, patch):

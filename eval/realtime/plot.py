@@ -1,15 +1,15 @@
 """Picture of ``python -m eval.realtime``: the first seconds of an episode, and all latencies."""
 
 import numpy as np
-from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+from policy.training.pictures import BLUE, GREY, RED, new_figure, save_png
 
 SECONDS = 5.0
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#888888"  # Okabe and Ito's palette
 
 
 def plot(summary, traces, path):
     """Write a PNG: ticks, stalls and inference of the first episode of ``traces``; a histogram of latencies."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    figure = new_figure(13, 3.8)
     rate = summary["control"]["rate"]
     figure.suptitle(
         f"{summary['mode']}, {rate:g} Hz, {summary['sampler']} in {summary['steps']} steps, {summary['precision']},"
@@ -19,7 +19,7 @@ def plot(summary, traces, path):
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     _draw_time_line(left, traces[0], rate)
     _draw_latency(right, traces, rate)
-    figure.savefig(path, dpi=110)
+    save_png(figure, path)
 
 
 def _draw_time_line(axes, trace, rate):
@@ -38,6 +38,7 @@ def _draw_latency(axes, traces, rate):
     latency = [(end - start) * 1e3 for trace in traces for start, end in trace["spans"]]
     axes.hist(latency, bins=30, color=GREY)
     axes.axvline(1e3 / rate, color=RED, linestyle="--", label="a period")
-    axes.set(title="latency of inference", xlabel="ms", ylabel="calls")
+    axes.set(title="latency of inference", xlabel="ms", ylabel="number of calls")
     axes.set_xlim(left=0)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)

@@ -53,12 +53,15 @@ def plot_comparison(path, summaries):
 def plot_examples(path, images, labels, predicted, classes):
     """A PNG of ``images`` (n, 3, h, w) in [-1, 1] with predicted and, where it differs, true class."""
     pixels = np.clip((images.transpose(0, 2, 3, 1) + 1) * 127.5, 0, 255).round().astype(np.uint8)
-    titles = []
-    for label, guess in zip(labels, predicted, strict=True):
-        wrong = (f"{classes[guess]}\nnot {classes[label]}", RED)
-        titles.append((f"{classes[guess]}\n", BLACK) if guess == label else wrong)
-    starts = range(0, len(pixels), ACROSS)
-    rows = [("", list(pixels[start : start + ACROSS]), titles[start : start + ACROSS]) for start in starts]
+    rows = []
+    for start in range(0, len(pixels), ACROSS):
+        pairs = list(zip(labels[start : start + ACROSS], predicted[start : start + ACROSS], strict=True))
+        line = "\n" if any(label != guess for label, guess in pairs) else ""  # below the others, where one is wrong
+        titles = [
+            (f"{classes[guess]}{line}", BLACK) if label == guess else (f"{classes[guess]}\nnot {classes[label]}", RED)
+            for label, guess in pairs
+        ]
+        rows.append(("", list(pixels[start : start + ACROSS]), titles))
     right = int((np.asarray(labels) == np.asarray(predicted)).sum())
     caption = f"What the model says of {len(pixels)} test samples: {right} are right; orange is wrong, the truth below."
     save_png(picture_rows(rows, caption=caption), path)
