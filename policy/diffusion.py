@@ -12,6 +12,7 @@ from policy.denoiser import build_denoiser
 from policy.denoiser.inference import ChunkSampler
 from policy.encoder.observation import ObservationEncoder, to_unit
 from policy.normalizer import Normalizer
+from policy.registry import at_least
 
 
 class DiffusionPolicy(ChunkSampler):
@@ -53,8 +54,7 @@ class DiffusionPolicy(ChunkSampler):
         denoiser = build_denoiser(**denoiser, action_dim=action_dim, condition_dim=obs_steps * encoder.out_dim)
         if horizon % denoiser.multiple:
             raise ValueError(f"horizon: got {horizon}, allowed: a multiple of {denoiser.multiple} (denoiser)")
-        if timesteps_per_sample < 1:
-            raise ValueError(f"timesteps_per_sample: got {timesteps_per_sample}, allowed: >= 1")
+        at_least(1, timesteps_per_sample=timesteps_per_sample)
         super().__init__(
             encoder=encoder,
             denoiser=denoiser,

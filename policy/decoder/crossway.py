@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from policy.decoder.parts import ImageDecoder, low_dim_decoder
+from policy.registry import at_least
 
 
 class StateDecoder(nn.Module):
@@ -49,8 +50,7 @@ class StateDecoder(nn.Module):
         unknown = sorted(set(weights) - set(shape_meta))
         if unknown:
             raise ValueError(f"decoder.weights: got {', '.join(unknown)}, allowed: {', '.join(sorted(shape_meta))}")
-        if every < 1:
-            raise ValueError(f"decoder.every: got {every}, allowed: >= 1")
+        at_least(1, **{"decoder.every": every})
         self.obs_steps, self.every, self.image_size, self.start_channels = obs_steps, every, image_size, start_channels
         self.weights = {key: weights.get(key, weight) for key in shape_meta}
         negative = {key: value for key, value in self.weights.items() if not value >= 0}

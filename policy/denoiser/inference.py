@@ -10,6 +10,7 @@ from torch import nn
 
 from policy.denoiser.loop import DenoisingLoop
 from policy.denoiser.samplers import PREDICTIONS, sampling_steps
+from policy.registry import choose
 
 WARM_START = 0.5  # share of the sampling steps that refine the rest of the previous chunk
 
@@ -26,8 +27,7 @@ class ChunkSampler(nn.Module):
         super().__init__()
         if not 1 <= obs_steps <= horizon:
             raise ValueError(f"obs_steps: got {obs_steps}, allowed: 1 to the horizon {horizon}")
-        if noise["prediction_type"] not in PREDICTIONS:
-            raise ValueError(f"prediction_type: got {noise['prediction_type']!r}, allowed: {', '.join(PREDICTIONS)}")
+        choose("prediction_type", noise["prediction_type"], PREDICTIONS)
         self.encoder, self.denoiser = encoder, denoiser
         self.horizon, self.obs_steps, self.action_dim = horizon, obs_steps, action_dim
         self.relative_to = relative_to
@@ -62,9 +62,7 @@ class ChunkSampler(nn.Module):
         """How ``sample`` computes. precision: "bf16" is autocast, or, where the CPU kernels for few rows run, their
         weights; cuda_graph: on a GPU the denoising loop is captured once for each batch size.
         """
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision: got {precision!r}, allowed: fp32, bf16")
-        self.precision = precision
+        self.precision = choose("precision", precision, ("fp32", "bf16"))
         self.loop.packed_weights = "bfloat16" if precision == "bf16" else "float32"
         self.loop.cuda_graph = cuda_graph
         self.loop.clear()

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from policy.encoder import build_encoder
+from policy.registry import choose
 
 
 def crop_images(images, size, *, position=None):
@@ -39,8 +40,7 @@ class ObservationEncoder(nn.Module):
     def __init__(self, *, shape_meta, crop, encoder, attention, normalizer):
         super().__init__()
         for key, spec in shape_meta.items():
-            if spec["type"] not in ("rgb", "low_dim"):
-                raise ValueError(f"shape_meta {key!r}: got type {spec['type']!r}, allowed: rgb, low_dim")
+            choose(f"shape_meta.obs.{key}.type", spec["type"], ("rgb", "low_dim"))
         self.cameras = [key for key, spec in shape_meta.items() if spec["type"] == "rgb"]
         self.low_dim = [key for key, spec in shape_meta.items() if spec["type"] == "low_dim"]
         self.shapes = {key: tuple(spec["shape"]) for key, spec in shape_meta.items()}

@@ -6,14 +6,15 @@ from torch import nn
 
 from policy.head.backbone import OnEncoder, kept_tokens
 from policy.head.mixing import draw_mixing, mix_images, soft_targets
+from policy.registry import at_least, choose
 
 FEATURES = ("output", "mean", "cls")
 
 
 def build_head(width, hidden, num_classes):
     """A linear head (B, width) -> (B, K) that starts at nothing, or one with a layer of ``hidden`` units before it."""
-    if hidden is not None and hidden < 1:
-        raise ValueError(f"model.hidden: got {hidden}, allowed: >= 1 or null")
+    if hidden is not None:
+        at_least(1, **{"model.hidden": hidden})
     last = nn.Linear(hidden or width, num_classes)
     nn.init.trunc_normal_(last.weight, std=2e-5)
     nn.init.zeros_(last.bias)
@@ -46,10 +47,8 @@ class ImageClassifier(OnEncoder):
         label_smoothing=0.0,
         mask_ratio=0.0,
     ):
-        if features not in FEATURES:
-            raise ValueError(f"model.features: got {features!r}, allowed: {', '.join(FEATURES)}")
-        if num_classes < 2:
-            raise ValueError(f"num_classes: got {num_classes}, allowed: >= 2")
+        choose("model.features", features, FEATURES)
+        at_least(2, num_classes=num_classes)
         if min(mixup, cutmix) < 0 or not 0 <= label_smoothing < 1 or not 0 <= mask_ratio < 1:
             got = f"{mixup}, {cutmix}, {label_smoothing}, {mask_ratio}"
             raise ValueError(

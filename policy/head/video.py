@@ -8,6 +8,7 @@ from torch import nn
 from policy.head.backbone import CAMERA
 from policy.head.image import ImageClassifier, build_head
 from policy.head.space_time import DividedSpaceTime, JointSpaceTime
+from policy.registry import choose
 
 SPACE_TIMES = ("divided", "joint", "space")
 HEADS = ("linear", "temporal")
@@ -47,9 +48,8 @@ class VideoClassifier(ImageClassifier):
             features=features,
             label_smoothing=label_smoothing,
         )
-        for name, value, allowed in (("space_time", space_time, SPACE_TIMES), ("head", head, HEADS)):
-            if value not in allowed:
-                raise ValueError(f"model.{name}: got {value!r}, allowed: {', '.join(allowed)}")
+        choose("model.space_time", space_time, SPACE_TIMES)
+        choose("model.head", head, HEADS)
         if frames < 1 or not 0 <= dropout < 1:
             raise ValueError(f"frames, dropout: got {frames}, {dropout}, allowed: >= 1, 0 to below 1")
         if space_time != "space" and not hasattr(self.vision, "tokens"):

@@ -23,6 +23,7 @@ from policy.denoiser.unet1d import ConditionalUNet1D
 from policy.kernels import unet1d_numba as kernels
 from policy.kernels.compile import openmp
 from policy.kernels.vector import LANES
+from policy.registry import choose
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS_LIMIT = 512  # batch x horizon up to which the kernels were faster than torch wherever measured
@@ -273,9 +274,7 @@ class PackedUNet:
     """
 
     def __init__(self, unet, weights="float32"):
-        if weights not in WEIGHTS:
-            raise ValueError(f"weights: got {weights!r}, allowed: {', '.join(WEIGHTS)}")
-        self.unet, self.weights, self.lock = unet, weights, threading.Lock()
+        self.unet, self.weights, self.lock = unet, choose("weights", weights, WEIGHTS), threading.Lock()
         packed = _pack(unet, WEIGHTS[weights])
         self.plan = functools.lru_cache(maxsize=8)(functools.partial(_Plan, unet, packed))
 
