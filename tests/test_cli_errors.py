@@ -103,6 +103,7 @@ def test_a_wrong_option_gives_one_line_and_leaves_no_folder(workplace, capfd, ca
     assert not (workplace / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_the_line_and_code_1(workplace):
     environment = {key: value for key, value in os.environ.items() if key not in ("DEBUG", "HYDRA_FULL_ERROR")}
     result = subprocess.run(

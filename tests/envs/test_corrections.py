@@ -185,6 +185,7 @@ def test_actions_replay_to_success(whole):
         assert successes == [False] * (len(rows) - 1) + [True]
 
 
+@pytest.mark.slow
 def test_options_matter(whole, visited, tmp_path):
     expected, _ = contents(whole)
     for number, change in enumerate(({"seed": 4}, {"settings": "recovery"}, {"count": 2}, {"image_size": 32})):
@@ -202,6 +203,7 @@ def test_options_matter(whole, visited, tmp_path):
             assert not np.array_equal(arrays["data/action"], expected["data/action"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_starts(whole, visited, tmp_path, monkeypatch):
     """Killed after the first of four episodes; the next one is given other states, and two processes."""
     output = tmp_path / "set.zarr"

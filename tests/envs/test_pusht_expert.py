@@ -149,6 +149,7 @@ def small_set(tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_a_resumed_set_equals_an_uninterrupted_one(small_set, tmp_path, monkeypatch, capsys):
     output, make = tmp_path / "resumed.zarr.zip", pusht_demos.make_episode
 

@@ -74,6 +74,7 @@ def lift(demos):
 # Experts ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_expert_of_lift_succeeds(lift):
     for seed in (11, 12, 13):
         for recovery in (False, True):

@@ -325,6 +325,7 @@ TRAINED = {"top1_ci95": [0.5, 0.9], "chance": 0.5, "test_samples": 10, "paramete
 TINY = ["--dim", "16", "--heads", "2", "--seconds", "0.02", "--images", "1", "--device", "cpu", "--patches", "9", "16"]
 
 
+@pytest.mark.slow
 def test_command_writes_everything(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attention_error, "SIZES", (96,))
     trained = [{"mechanism": "local", "seed": 42, "top1": 0.75, **TRAINED}]

@@ -123,6 +123,7 @@ def fresh():
     return json.loads(ran.stdout)
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_once_for_all_processes(fresh):
     assert fresh["compiled"] == 0
 

@@ -189,6 +189,7 @@ def test_drop_path_of_the_pyramid_acts_in_training_only():
     assert (dropping(images) - plain(images)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_of_the_pyramid():
     """The same gradients, while every block runs again in the backward pass."""
     gradients = []

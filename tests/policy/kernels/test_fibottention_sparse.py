@@ -61,6 +61,7 @@ def test_published_offsets(patches, heads, prefix, width, layer, variant, modifi
     check(*tokens(1, heads, prefix + patches, width), offsets, prefix=prefix, rule=rule, backend=backend)
 
 
+@pytest.mark.slow
 @each_rule
 def test_784_tokens_and_the_widest_heads(rule):
     offsets = wythoff_offsets(784, 12, variant="robot")[4:6]

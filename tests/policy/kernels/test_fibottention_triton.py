@@ -255,6 +255,7 @@ for arch in (80, 90):
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_real_devices(tmp_path):
     """For A100 and H100 without either: both rules, bf16 and float32; next to nothing is spilled from registers."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
