@@ -303,7 +303,7 @@ def test_each_mechanism_and_seed_is_trained_once(folder, tmp_path, runs):
 def test_changes_reach_the_configuration(folder):
     config = configure("local", 43, data=str(folder), preset="image_small", epochs=2, overrides=SMALL)
     assert config.attention.name == "local" and config.seed == config.training.seed == 43
-    assert config.training.epochs == 2 and config.preset == "small" and config.encoder.dim == 16
+    assert config.training.epochs == 2 and config.preset == "image_small" and config.encoder.dim == 16
     assert configure("local", 42).data == "pusht_octant"
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_reference import qkv, softmax_attention
 
 from policy.attention.causal_eva import CausalEVAAttention
 from policy.attention.eva import EVAAttention
@@ -28,17 +29,6 @@ def causal_eva(tokens=22, **options):
         dim=HEADS * WIDTH, num_heads=HEADS, num_patches=tokens, prefix_tokens=0, **{"window_size": 4, **options}
     )
     return module.double().eval()
-
-
-def qkv(tokens, *, batch=2, heads=HEADS, width=WIDTH, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(3, batch, heads, tokens, width, generator=generator, dtype=torch.float64).unbind(0)
-
-
-def softmax_attention(q, k, v, allowed):
-    """allowed bool, broadcast to (B, H, T, T)."""
-    scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(~allowed, -torch.inf)
-    return scores.softmax(dim=-1) @ v
 
 
 def identity_(summary):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from attention_reference import qkv as random_qkv
 
 from policy.attention.linformer import LinformerAttention
 from policy.attention.nystromformer import NystromformerAttention, pseudo_inverse
@@ -36,9 +37,8 @@ BUILDERS = {"linformer": linformer, "nystromformer": nystromformer, "performer":
 every_mechanism = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 
 
-def qkv(tokens=14, batch=2, scale=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(3, batch, HEADS, tokens, WIDTH, generator=generator, dtype=torch.float64)).unbind(0)
+def qkv(tokens=14, **options):
+    return random_qkv(tokens, **options)
 
 
 def softmax_weights(q, k):

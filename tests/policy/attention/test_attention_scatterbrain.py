@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from attention_reference import qkv as random_qkv
+from attention_reference import softmax_attention, window_pairs, with_prefix
 
 from policy.attention.performer import PerformerAttention
 from policy.attention.scatterbrain import ScatterbrainAttention
@@ -16,32 +18,14 @@ def build(prefix=1, grid=GRID, **options):
     return ScatterbrainAttention(dim=HEADS * WIDTH, num_heads=HEADS, **{**geometry, **options}).double().eval()
 
 
-def qkv(tokens=36, batch=2, scale=1.0):
-    generator = torch.Generator().manual_seed(0)
-    return (scale * torch.randn(3, batch, HEADS, tokens, WIDTH, generator=generator, dtype=torch.float64)).unbind(0)
+def qkv(tokens=36, **options):
+    return random_qkv(tokens, **options)
 
 
-def near(query, key, window, overlap):
-    """Whether a place along one axis is among the keys of the window of another."""
-    first = query // window * window
-    reach = max(1, window // 2) if overlap else 0
-    return first - reach <= key < first + window + reach
-
-
-def reference_weights(attention, q, k, *, prefix, window, attn_2d, overlap, grid=GRID, real=None):
+def reference_weights(attention, q, k, *, prefix, window, attn_2d, overlap, real=None):
     """Weights (B, H, T, T) pair by pair; real (B, T) says which keys there are."""
-    tokens, estimate = q.shape[2], kernel_estimate(attention, q, k)
-    exact = (q @ k.mT / WIDTH**0.5).exp()
-    weights = exact.clone()
-    for i in range(prefix, tokens):
-        for j in range(prefix, tokens):
-            (row, column), (key_row, key_column) = divmod(i - prefix, grid[1]), divmod(j - prefix, grid[1])
-            if attn_2d:
-                close = near(row, key_row, window, overlap) and near(column, key_column, window, overlap)
-            else:
-                close = near(i - prefix, j - prefix, window, overlap)
-            if not close:
-                weights[:, :, i, j] = estimate[:, :, i, j]
+    close = with_prefix(window_pairs(GRID, window, max(1, window // 2) if overlap else 0, attn_2d)[None], prefix)
+    weights = torch.where(close, (q @ k.mT / WIDTH**0.5).exp(), kernel_estimate(attention, q, k))
     if real is not None:
         weights = weights * real[:, None, None]
     return weights / weights.sum(dim=-1, keepdim=True)
@@ -99,13 +83,13 @@ def test_padding_sets_no_maximum():
 def test_one_window_over_all_is_softmax_attention(attn_2d):
     attention = build(window_size=35, attn_2d=attn_2d)
     q, k, v = qkv()
-    expected = (q @ k.mT / WIDTH**0.5).softmax(dim=-1) @ v
+    expected = softmax_attention(q, k, v)
     torch.testing.assert_close(attention.attend(q, k, v), expected, rtol=0, atol=1e-12)
 
 
 def test_error_is_below_that_of_random_features_alone():
     q, k, v = qkv(35)
-    exact = (q @ k.mT / WIDTH**0.5).softmax(dim=-1) @ v
+    exact = softmax_attention(q, k, v)
     errors = [(build(0, window_size=w).attend(q, k, v) - exact).square().mean().item() for w in (18, 30)]
     alone = PerformerAttention(
         dim=HEADS * WIDTH, num_heads=HEADS, num_patches=35, prefix_tokens=0, layer=1, num_features=6

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from attention_reference import qkv as random_qkv
+from attention_reference import softmax_attention, window_pairs, with_prefix
 
 from policy.attention.bigbird import BigBirdAttention, draw_outside
 from policy.attention.hybrid import HybridAttention, linear_attention
@@ -23,44 +25,8 @@ def build(name, grid, prefix=1, layer=0, **options):
     return CLASSES[name](**common, **geometry, **options).double().eval()
 
 
-def qkv(tokens, *, batch=2, heads=HEADS, width=WIDTH, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(3, batch, heads, tokens, width, generator=generator, dtype=torch.float64).unbind(0)
-
-
-# Independent references ------------------------------------------------------------------------------------------
-
-
-def dense(q, k, v, mask, bias=0.0):
-    """Softmax over the allowed pairs, mask (B or 1, H or 1, T, T); rows without any give 0."""
-    weights = torch.exp(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + bias) * mask
-    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-300) @ v
-
-
-def with_prefix(pairs, prefix):
-    """pairs (H, N, N) -> (H, P+N, P+N) with full rows and columns of the prefix."""
-    mask = torch.ones(len(pairs), prefix + pairs.shape[1], prefix + pairs.shape[1], dtype=torch.bool)
-    mask[:, prefix:, prefix:] = pairs
-    return mask
-
-
-def window_pairs(grid, window, reach=0, attn_2d=False, dilation=1):
-    """Pairs (N, N) of patches of which the second lies in the window of the first, patch by patch."""
-    rows, columns = grid if attn_2d else (1, grid[0] * grid[1])
-
-    def near(query, key):
-        if query % dilation != key % dilation:
-            return False
-        first = query // dilation // window * window
-        return first - reach <= key // dilation < first + window + reach
-
-    n = rows * columns
-    pairs = torch.zeros(n, n, dtype=torch.bool)
-    for i in range(n):
-        for j in range(n):
-            same_row = rows == 1 or near(i // columns, j // columns)
-            pairs[i, j] = same_row and near(i % columns, j % columns)
-    return pairs
+def qkv(tokens):
+    return random_qkv(tokens, heads=HEADS)
 
 
 GEOMETRIES = [  # grid, window, attn_2d: dividing, not dividing, larger than the grid, one token, a sequence
@@ -172,7 +138,7 @@ def test_local_equals_brute_force(grid, window, attn_2d, overlap, prefix, padded
     reach = max(1, window // 2) if overlap else 0
     mask = with_prefix(window_pairs(grid, window, reach, attn_2d)[None], prefix)
     padding = padding_of(q) if padded else None
-    expected = dense(q, k, v, mask if padding is None else mask & ~padding[:, None, None])
+    expected = softmax_attention(q, k, v, mask if padding is None else mask & ~padding[:, None, None])
     torch.testing.assert_close(attention.attend(q, k, v, key_padding_mask=padding), expected, rtol=0, atol=1e-12)
 
 
@@ -200,7 +166,7 @@ def test_local_bias_equals_brute_force(grid, attn_2d, padded):
                 bias[:, 1 + i, 1 + j] = attention.bias.table.detach()[:, place]
     mask = with_prefix(window_pairs(grid, 3, 1, attn_2d)[None], 1)
     padding = padding_of(q) if padded else None
-    expected = dense(q, k, v, mask if padding is None else mask & ~padding[:, None, None], bias)
+    expected = softmax_attention(q, k, v, mask if padding is None else mask & ~padding[:, None, None], bias)
     torch.testing.assert_close(attention.attend(q, k, v, key_padding_mask=padding), expected, rtol=0, atol=1e-12)
 
 
@@ -236,7 +202,7 @@ def test_bigbird_equals_brute_force(n, prefix, options, padded):
     pairs = bigbird_pairs(attention, prefix + n - everywhere, options.get("window_radius", 4))
     mask = with_prefix(pairs, everywhere)
     padding = padding_of(q) if padded else None
-    expected = dense(q, k, v, mask if padding is None else mask & ~padding[:, None, None])
+    expected = softmax_attention(q, k, v, mask if padding is None else mask & ~padding[:, None, None])
     torch.testing.assert_close(attention.attend(q, k, v, key_padding_mask=padding), expected, rtol=0, atol=1e-12)
 
 
@@ -313,7 +279,7 @@ def test_hybrid_branches_equal_brute_force(grid, prefix, window, dilations, attn
     q, k, v = qkv(prefix + math.prod(grid))
     padding = padding_of(q) if padded else torch.zeros(2, q.shape[2], dtype=torch.bool)
     mask = sparse_mask(grid, prefix, window, dilations, attn_2d) & ~padding[:, None, None]
-    sparse = dense(q, k, v, mask)
+    sparse = softmax_attention(q, k, v, mask)
     linear = torch.stack(
         [
             torch.stack([linear_reference(q[b, h], k[b, h], v[b, h], ~padding[b]) for h in range(HEADS)])
