@@ -13,7 +13,7 @@ from eval.attention.pictures import diagonals, head_colours, reach
 from eval.attention_map import encoder_weights, main, observation, parse_query, pattern_of
 from policy.attention import build_attention, list_attentions, wythoff_offsets
 from policy.build import build_model
-from policy.checkpoint import load_encoder, save_checkpoint
+from policy.checkpoint import load_encoder
 
 FIBOTTENTION = [  # dense: compiles nothing; the kernels have tests of their own
     {"name": "fibottention", "variant": variant, "masked_score": rule, "backend": "dense"}
@@ -48,12 +48,11 @@ def checkpoint(path, *, size=24, crop=20, attention=None, encoder=None, cameras=
     if arch:
         config["encoder"] = arch
     torch.manual_seed(0)
-    tensors = {f"ema.{name}": tensor for name, tensor in build_model(config).state_dict().items()}
-    for name, tensor in tensors.items():
+    model = build_model(config)
+    for name, tensor in model.state_dict().items():
         if name.endswith("qkv.weight"):
             tensor *= 20  # a fresh layer attends to all tokens alike
-    save_checkpoint(path, tensors, config=config, state={})
-    return path
+    return tiny.save(path, model, config)
 
 
 def pixels(path):

@@ -10,7 +10,6 @@ import torch
 from eval.speed import __main__ as speed
 from eval.speed import runtimes
 from policy.build import build_model
-from policy.checkpoint import save_checkpoint
 
 RUNTIMES = ["ours", "torch", "torch.compile", "onnxruntime"]
 
@@ -19,9 +18,8 @@ RUNTIMES = ["ours", "torch", "torch.compile", "onnxruntime"]
 def test_all_runtimes_give_the_same_chunks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # else it takes a minute
     config = tiny.policy_config(images=True, relative=True)
-    weights = {f"ema.{name}": tensor for name, tensor in build_model(config).state_dict().items()}
-    save_checkpoint(tmp_path / "policy.safetensors", weights, config=config, state={"step": 0})
-    options = ["--checkpoint", str(tmp_path / "policy.safetensors"), "--sampler", "ddpm:3", "--batches", "2", "1"]
+    path = tiny.save(tmp_path / "policy.safetensors", build_model(config), config)
+    options = ["--checkpoint", str(path), "--sampler", "ddpm:3", "--batches", "2", "1"]
     speed.main(["runtimes", *options, "--seconds", "0.1", "--output", str(tmp_path / "out")])
     rows = json.loads((tmp_path / "out" / "runtimes.json").read_text())["rows"]
     expected = [(batch, part, name) for batch in (1, 2) for part in ("step", "whole") for name in RUNTIMES]

@@ -154,6 +154,7 @@ def test_graphs_are_valid_and_hold_standard_operators_only(made, kind):
         assert str(ROOT).encode() not in content and sys.prefix.encode() not in content, f"made where: {file.name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", RUNTIMES)
 def test_the_shipped_policy(tmp_path, capsys, ending):
     """Under another sampler and number of steps than its own, for a fixed number of rows."""
@@ -191,6 +192,7 @@ out = torch.export.load("policy.denoiser.pt2").module()(torch.from_numpy(noise[0
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", RUNTIMES)
 def test_nothing_of_this_repository_is_needed(made, tmp_path, ending):
     policy, folder = made("conv-stem")
