@@ -230,15 +230,9 @@ def test_robomimic_reads_the_set(demos):
 
     low_dim = ["robot0_eef_pos", "object"]
     obs_utils.initialize_obs_utils_with_obs_specs({"obs": {"low_dim": low_dim, "rgb": list(IMAGES)}})
-    dataset = SequenceDataset(
-        hdf5_path=str(demos),
-        obs_keys=[*low_dim, *IMAGES],
-        dataset_keys=["actions", "rewards", "dones"],
-        frame_stack=2,
-        seq_length=10,
-        filter_by_attribute="train",
-        load_next_obs=False,
-    )
+    options = {"frame_stack": 2, "seq_length": 10, "filter_by_attribute": "train", "load_next_obs": False}
+    keys = {"obs_keys": [*low_dim, *IMAGES], "dataset_keys": ["actions", "rewards", "dones"]}
+    dataset = SequenceDataset(hdf5_path=str(demos), **keys, **options)
     with h5py.File(demos, "r") as file:
         lengths = [file["data"][name.decode()].attrs["num_samples"] for name in file["mask/train"]]
     assert len(dataset) == sum(lengths)

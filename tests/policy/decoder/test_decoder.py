@@ -176,10 +176,9 @@ def test_parts_of_the_loss_by_hand(name):
         "image": arrays["image"][frames].transpose(0, 1, 4, 2, 3) / 127.5 - 1,
         "agent_pos": 2 * (arrays["agent_pos"][frames] - low) / (high - low) - 1,
     }
-    expected = {
-        f"decode_{key}": {"image": 0.3, "agent_pos": 0.7}[key] * ((values.double().numpy() - targets[key]) ** 2).mean()
-        for key, values in decoded.items()
-    }
+    weight = {"image": 0.3, "agent_pos": 0.7}
+    errors = {key: ((values.double().numpy() - targets[key]) ** 2).mean() for key, values in decoded.items()}
+    expected = {f"decode_{key}": weight[key] * error for key, error in errors.items()}
     assert set(losses) == {"loss", "diffusion", *expected} and len(expected) == (1 if name == "d" else 2)
     for key, value in expected.items():
         assert losses[key].item() == pytest.approx(value, rel=1e-4) and not losses[key].requires_grad
@@ -224,12 +223,10 @@ def test_image_size_resizes_the_target():
     observed, reconstructed = policy.reconstruct(*batch_of(policy, data, indices))["image"]
     assert observed.shape == reconstructed.shape == (2, 2, 3, 6, 6)
     frames = data.windows[indices][:, :2]
-    for row in range(2):
-        for step in range(2):
-            for channel in range(3):
-                pixels = data.buffer.arrays["image"][frames[row, step]][..., channel] / np.float32(127.5) - 1
-                small = Image.fromarray(pixels.astype(np.float32)).resize((6, 6), Image.Resampling.BILINEAR)
-                np.testing.assert_allclose(observed[row, step, channel], np.asarray(small), rtol=0, atol=1e-5)
+    for row, step, channel in np.ndindex(2, 2, 3):
+        pixels = data.buffer.arrays["image"][frames[row, step]][..., channel] / np.float32(127.5) - 1
+        small = Image.fromarray(pixels.astype(np.float32)).resize((6, 6), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(observed[row, step, channel], np.asarray(small), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -360,13 +357,9 @@ def test_a_run_logs_parts_draws_pictures_and_resumes_exactly(tmp_path, runs):
 
 @pytest.mark.parametrize(
     ("source", "target", "key"),
-    [
-        ("a", "plain", "unexpected: decoder.decoders.agent_pos"),
-        ("plain", "a", "missing: decoder.decoders.agent_pos"),
-        ("a", "c", "missing: decoder.decoders.image.project"),
-        ("b", "c", "shapes: decoder.decoders.agent_pos"),
-    ],
-)
+    [("a", "plain", "unexpected: decoder.decoders.agent_pos"), ("plain", "a", "missing: decoder.decoders.agent_pos"),
+     ("a", "c", "missing: decoder.decoders.image.project"), ("b", "c", "shapes: decoder.decoders.agent_pos")],
+)  # fmt: skip
 def test_weights_of_another_decoder_are_refused(source, target, key):
     model = policy_with(target)[0]
     before = copy.deepcopy(model.state_dict())
