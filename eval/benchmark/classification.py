@@ -66,6 +66,7 @@ class Classification:
     """
 
     unit = "samples"
+    command = None  # tests a trained classifier
 
     def __init__(self, config, run_dir, *, resume=False, source=None):
         self.config, self.run_dir, self.started = config, run_dir, time.monotonic()
@@ -144,7 +145,7 @@ class Classification:
         }
         write_summary(self.run_dir, self.summary)
         self.draw_examples(trainer)
-        use = f"python train.py --config-dir=config/pusht encoder=vit_image encoder.init={self.run_dir}"
+        use = f"python -m {self.command} --checkpoint {self.run_dir}"
         return {"score": describe(self.summary), "pictures": self.run_dir / "confusion.png", "next": use}
 
     def extra_results(self):

@@ -51,6 +51,7 @@ class ImageBenchmark(Classification):
     """Images with a class each."""
 
     unit = "images"
+    command = "eval.classify_image"
 
     open_data = staticmethod(open_data)
 

@@ -57,6 +57,7 @@ class VideoBenchmark(Classification):
     """Clips with a class each."""
 
     unit = "clips"
+    command = "eval.classify_video"
 
     open_data = staticmethod(open_data)
 

@@ -43,7 +43,7 @@ def run(args):
     policy = random_policy(args.task, [f"preset={args.preset}", *args.overrides], args.device).train()
     config = policy.config
     config["task"]["data"] = args.data or config["task"]["data"]
-    if config["encoder"]["freeze"]:
+    if config["encoder"].get("freeze", False):
         policy.encoder.encoders.requires_grad_(False)
     config["data"]["max_train_episodes"] = min(config["data"]["max_train_episodes"] or EPISODES, EPISODES)
     data, _ = datasets_of(config, locate_data(config["task"], config["cache_dir"]))
@@ -167,7 +167,7 @@ def measure_train(policy, data, *, batch, windows_per_group, timesteps_per_sampl
     """
     plain = plain_policy(policy)
     step = Step(policy, data, batch=batch, group=windows_per_group)
-    if policy.config["encoder"]["freeze"]:
+    if policy.config["encoder"].get("freeze", False):
         cache_features(policy, [data], device=device)
     place_buffer(data.buffer, policy.config["storage"], device)
     ours = our_methods(policy, step, group=windows_per_group, timesteps=timesteps_per_sample, compiled=compiled)
