@@ -55,6 +55,7 @@ def sweep(workplace):
         return workplace / "sweep", end.value.code, printed.read()
 
 
+@pytest.mark.slow
 def test_every_job_has_a_folder_and_its_own_options(sweep):
     folder, _, _ = sweep
     jobs = [("fast", "fp32"), ("fast", "bf16"), None, ("fast", "fp32"), ("smoke", "fp32"), ("smoke", "bf16"), None]
@@ -67,6 +68,7 @@ def test_every_job_has_a_folder_and_its_own_options(sweep):
             assert (run / "checkpoints" / "last.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_over_precisions_changes_them(sweep):
     """And what a job computes does not depend on those before it."""
     folder, _, _ = sweep
@@ -75,6 +77,7 @@ def test_a_sweep_over_precisions_changes_them(sweep):
     assert half != single and np.allclose(half, single, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_failed_job_says_why_and_the_others_go_on(sweep):
     _, code, printed = sweep
     assert code == 1
@@ -162,6 +165,7 @@ def test_every_job_has_a_wandb_session_of_its_own(monkeypatch, tmp_path):
 # Other kinds ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_of_language_models_and_its_report(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten\n" * 60)

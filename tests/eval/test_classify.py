@@ -73,6 +73,7 @@ def scratch(folder, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_from_scratch(scratch, tmp_path, capsys):
     """Colours are learned; summary, pictures and checkpoint are those of the final EMA weights; so does the test."""
     found = summary(scratch)

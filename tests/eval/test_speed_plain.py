@@ -37,6 +37,7 @@ def no_traceback(monkeypatch):
 # Whole encoders --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_encoders_are_the_same_but_for_attention():
     """With attention to all pairs ours would be timm's: same parameters, same result."""
     methods = encoder_speed.encoder_methods(20, 4, "vit_tiny_patch16_224", "paper")
@@ -50,6 +51,7 @@ def test_encoders_are_the_same_but_for_attention():
     torch.testing.assert_close(timm_vit(x), ours(x))
 
 
+@pytest.mark.slow
 def test_encoder_command(tmp_path, capsys):
     options = "--images 22 16 --patch-size 4 --arch vit_tiny_patch16_224 --tokens 50 --seconds 0.01 --device cpu"
     speed.main(["encoder", *options.split(), "--output", str(tmp_path)])
@@ -168,6 +170,7 @@ def test_sample_of_a_checkpoint(tmp_path, slow_clock, monkeypatch):
     assert {row["sampler"] for row in results["rows"]} == {None, "dpmpp_2m"} and "fake, policy.safetensors" in table
 
 
+@pytest.mark.slow
 def test_train_command(tmp_path, pusht_zarr, slow_clock, capsys):
     options = ["--preset", "small", "--data", str(pusht_zarr), "--batch", "4", "--windows-per-group", "2", "--timesteps-per-sample", "3"]  # fmt: skip  # noqa: E501
     results, table = results_of("train", tmp_path, *options, *PLAIN)

@@ -131,6 +131,7 @@ def made(tmp_path_factory):
 # Parity ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", RUNTIMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_exports_sample_as_the_policy(made, kind, ending):
@@ -139,6 +140,7 @@ def test_exports_sample_as_the_policy(made, kind, ending):
     assert max(largest_error(policy, runtime, batch) for batch in (1, 3)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_graphs_are_valid_and_hold_standard_operators_only(made, kind):
     _, folder = made(kind)
@@ -326,6 +328,7 @@ def test_a_missing_package_is_named(source, monkeypatch, package):
     assert list(source.parent.iterdir()) == [source]
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_the_one_before(source, monkeypatch):
     """A disk that is full at the second graph: the three files stay as they were, and nothing is left over."""
     output = source.parent / "made" / "y.pt2"
@@ -348,6 +351,7 @@ def test_a_failed_export_leaves_the_one_before(source, monkeypatch):
     assert export(source, output) == files and all(file.read_bytes() != b"before" for file in files)
 
 
+@pytest.mark.slow
 def test_graphs_of_two_policies_never_look_like_one(source, monkeypatch):
     """Stopped when some of the files are in place: there are no numbers, so nothing loads."""
     export(source, source.with_suffix(".pt2"))
