@@ -58,7 +58,7 @@ def main(argv=None):
     parser.add_argument("--frames", type=int, default=6, help="of an episode")
     parser.add_argument("--side", type=int, default=168, help="px, height of a frame, roughly")
     parser.add_argument("--caption", default="", help="words below the picture")
-    parser.add_argument("--output", type=Path, default=Path("strip.png"))
+    parser.add_argument("--output", type=Path, default=Path("strip.png"), help="the PNG to write")
     args = parser.parse_args(argv)
     check_positive(frames=args.frames, side=args.side)
     rows = [row for path in args.files for row in strip(path, demo=args.demo, frames=args.frames)]
