@@ -12,9 +12,8 @@ python -m policy.export RUN_OR_CHECKPOINT OUTPUT [options]; the ending of OUTPUT
 
 import argparse
 import json
-import os
-import shutil
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from policy.attention.fibottention import FibottentionAttention
 from policy.checkpoint import find_checkpoint, load_checkpoint, load_policy, save_checkpoint
+from policy.files import whole
 
 GRAPHS_FORMAT = "fibottention-graphs-2"
 HALF_SIZE = 4096  # entries from which a tensor is stored in half precision; ranges of the normaliser stay exact
@@ -195,21 +195,15 @@ def _write_together(output, parts, numbers, *, dynamic):
     """Write the graphs and the numbers, all or none of them; returns the files."""
     files = {part: output.with_suffix(f".{part}{output.suffix}") for part in parts}
     loop = output.with_name(f"{output.name}.json")
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own classes
-            for part in tqdm(parts, desc="tracing", unit="graph", leave=False, dynamic_ncols=True):
-                module, arguments, *names = parts[part]
-                _write_graph(partial / files[part].name, _trace(module, arguments, dynamic=dynamic), *names)
-        (partial / loop.name).write_text(json.dumps(numbers, indent=1))
-        loop.unlink(missing_ok=True)  # it comes last, so that graphs of two policies never look like one
-        for file in [*files.values(), loop]:
-            os.replace(partial / file.name, file)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own classes
+        place = stack.enter_context(whole(loop))  # moves last, so that graphs of two policies never look like one
+        for part in tqdm(parts, desc="tracing", unit="graph", leave=False, dynamic_ncols=True):
+            module, arguments, *names = parts[part]
+            program = _trace(module, arguments, dynamic=dynamic)
+            _write_graph(stack.enter_context(whole(files[part])), program, *names)
+        place.write_text(json.dumps(numbers, indent=1))
+        loop.unlink(missing_ok=True)
     return [*files.values(), loop]
 
 

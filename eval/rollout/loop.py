@@ -34,7 +34,7 @@ def stack(values):
     return torch.from_numpy(stacked)
 
 
-def act_together(policy, episodes, batch, num_inference_steps):
+def _act_together(policy, episodes, batch, num_inference_steps):
     """Action chunks (Ta, Da) for each of ``episodes``, in calls of ``batch`` rows; the seed decides on the row."""
     calls = []  # {row: episode}
     for episode in episodes:
@@ -86,7 +86,7 @@ def rollout(
     )
     with slots, tqdm(total=episodes, desc="rollouts", unit="episode", leave=False, dynamic_ncols=True) as bar:
         while waiting or running:
-            chunks = act_together(policy, running.values(), batch, num_inference_steps)
+            chunks = _act_together(policy, running.values(), batch, num_inference_steps)
             commands = {slot: ("execute", chunk) for slot, chunk in zip(running, chunks, strict=True)}
             while waiting and idle:  # in the same round, so that a slow reset holds nobody up
                 slot, number = idle.pop(), waiting.pop(0)

@@ -3,10 +3,11 @@
 torch multiplies a few rows by large weights at a fraction of the memory's speed, and small U-Nets wait for Python. Here
 the weights are laid out once in the order in which the kernels of unet1d_numba.py read them, in torch's own threads.
 
-What it buys: processor time over ours, of Push-T's shipped policy with 10 steps of DDIM at batch 1, 8 and 25, on one
-core of an AMD EPYC (``python -m eval.speed runtimes --threads 1``). A step: onnxruntime 3.7, 3.7, 4.0; torch.compile
-9.0, 3.1, 2.1; torch 9.9, 3.1, 1.9. From observation to chunk: onnxruntime 1.9, 2.5, 2.7; torch.compile 4.6, 2.2, 1.7;
-torch 4.9, 2.2, 1.5.
+What it buys (docs/speed/runtimes.md: ``python -m eval.speed runtimes`` on two idle cores, Push-T's shipped policy, 10
+steps of DDIM, batch 1, 8 and 25), as time over ours. One step: onnxruntime 5.7, 5.2, 4.8; torch.compile 13, 3.3, 2.2;
+torch 15, 3.8, 2.1. From observation to chunk: onnxruntime 2.6, 3.7, 3.8; torch.compile 4.1, 2.2, 2.0; torch 4.5, 2.4,
+1.7. The threads wait for each other after every operation. Where other programs hold the cores, one thread is faster:
+``torch.set_num_threads(1)``.
 """
 
 import functools

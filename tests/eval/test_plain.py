@@ -10,13 +10,11 @@ import zarr
 from torch.utils.data import DataLoader, default_collate
 
 from eval.speed.reference import (
-    PlainAttention,
     PlainDataset,
     plain_loss,
     plain_policy,
     plain_sample,
     plain_training_step,
-    plain_unet,
     sharing,
 )
 from eval.speed.train import Step
@@ -72,17 +70,6 @@ def test_chunks_are_the_same(sampler, steps, rule):
     assert not torch.allclose(other, ours, atol=1e-2)
 
 
-def test_attention_keeps_its_pattern():
-    policy = tiny.policy(images=True)
-    plain = plain_policy(policy)
-    blocks = plain.encoder.encoders["image"].vit.blocks
-    assert all(isinstance(block.attn, PlainAttention) for block in blocks)
-    ours = policy.encoder.encoders["image"].vit.blocks[0].attn
-    assert torch.equal(blocks[0].attn.mask.bool(), ours.mask) and not ours.mask.all()
-    x = torch.randn(2, 1 + ours.num_patches, 16, generator=generator())
-    torch.testing.assert_close(blocks[0].attn(x), ours(x), rtol=1e-5, atol=1e-6)
-
-
 def test_a_copy_shares_parameters_only():
     policy = tiny.policy(images=True)
     for other in (sharing(policy), plain_policy(policy)):
@@ -90,13 +77,6 @@ def test_a_copy_shares_parameters_only():
         assert other.normalizer.action_scale is not policy.normalizer.action_scale
         other.set_sampler("ddpm", 7)
     assert policy.num_inference_steps == 4
-
-
-def test_film_is_computed_in_full():
-    unet = tiny.policy().denoiser
-    actions, condition = torch.randn(3, 8, 2, generator=generator()), torch.randn(3, 4, generator=generator())
-    steps = torch.tensor([0, 7, 19])
-    torch.testing.assert_close(plain_unet(unet, actions, steps, condition)[0], unet(actions, steps, condition))
 
 
 # Training ------------------------------------------------------------------------------------------------------------

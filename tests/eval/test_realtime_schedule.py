@@ -65,14 +65,6 @@ def test_async_follows_the_time_table(latency, replan):
     assert sum(one.executed) == 60 - len(one.holds)
 
 
-@pytest.mark.parametrize(("latency", "holds"), [(0, 0), (1, 0), (3, 0), (4, 1), (5, 3), (6, 5)])
-def test_async_holds_only_when_a_chunk_is_used_up(latency, holds):
-    """Per chunk, 2 d - 7 once the inference of d steps follows itself: no more than 7 actions reach beyond now."""
-    actions, starts = drive(schedule(), latency)
-    second, third = starts[2] + latency, starts[3] + latency
-    assert actions[second:third].count(None) == holds
-
-
 @pytest.mark.parametrize("latency", [0, 1, 3, 12])
 def test_sync_executes_every_action_from_the_observed_step_on(latency):
     one = schedule("sync")

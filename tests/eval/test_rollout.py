@@ -15,7 +15,7 @@ from films import decode
 from envs.pusht.env import PushT
 from eval.rollout import __main__ as command
 from eval.rollout.__main__ import main
-from eval.rollout.loop import Running, act_together, describe, rollout, stack, summarize, write_results
+from eval.rollout.loop import describe, rollout, stack, summarize, write_results
 from eval.shared.intervals import mean_interval, rate_interval
 from policy.build import build_model
 
@@ -145,7 +145,8 @@ def test_scores_follow_from_the_rewards():
 @pytest.mark.parametrize("images", [False, True])
 def test_results_do_not_depend_on_the_number_of_environments(images):
     """Bit for bit, in an environment that doubles every difference with each step."""
-    policy = tiny_policy(images=images, sampler="ddpm")
+    denoiser = {"widths": [32, 64], "kernel_size": 3, "groups": 8, "step_dim": 64}  # torch rounds by the place of a row
+    policy = tiny_policy(images=images, sampler="ddpm", model={"denoiser": denoiser})
     run = {"episodes": 6 if images else 2 + BATCH, "seed": 100, "num_inference_steps": 2}
     expected, _ = rollout(policy, {**ENV, "images": images}, num_envs=1, **run)
     assert len({row["score"] for row in expected["episodes"]}) == run["episodes"]
@@ -155,26 +156,6 @@ def test_results_do_not_depend_on_the_number_of_environments(images):
     # Nor on which other episodes there are.
     alone, _ = rollout(policy, {**ENV, "images": images}, episodes=1, seed=104, num_inference_steps=2)
     assert alone["episodes"] == expected["episodes"][4:5]
-
-
-def test_an_episode_gets_the_same_actions_in_any_company():
-    """Bit for bit: torch rounds the last elements of an array differently, so that a row must not wander."""
-    denoiser = {"widths": [32, 64], "kernel_size": 3, "groups": 8, "step_dim": 64}
-    policy = tiny_policy(model={"denoiser": denoiser})
-
-    def actions(seeds):
-        episodes = [Running(seed) for seed in seeds]
-        for episode in episodes:
-            episode.observation = {"agent_pos": np.array([[episode.seed, 0], [episode.seed, 1]], np.float32)}
-        return dict(zip(seeds, act_together(policy, episodes, BATCH, 10), strict=True))
-
-    seeds = list(range(40, 40 + 2 * BATCH))
-    expected = actions(seeds)
-    rng = np.random.default_rng(0)
-    for _ in range(8):
-        some = [int(seed) for seed in rng.choice(seeds, rng.integers(1, len(seeds)), replace=False)]
-        for seed, chunk in actions(some).items():
-            assert np.array_equal(chunk, expected[seed])
 
 
 def test_images_have_one_order_in_memory():

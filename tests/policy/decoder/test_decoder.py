@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from crossway_reference import by_hand, code_by_hand
+from crossway_reference import by_hand
 from PIL import Image
 from trained import assert_identical, everything, start
 
@@ -14,7 +14,6 @@ from policy.build import build_model
 from policy.checkpoint import load_policy, load_weights
 from policy.dataset.features import cache_features
 from policy.decoder import build_decoder, list_decoders
-from policy.decoder.parts import position_code
 from policy.training.batches import to_tensors
 from policy.training.run_folder import RunFolder
 
@@ -73,38 +72,6 @@ def test_equals_an_evaluation_by_hand(name, image_size, side):
         torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-5)  # the code is float32
 
 
-def test_position_code():
-    code = position_code(5, 7, 16)
-    assert code.shape == (16, 5, 7)
-    np.testing.assert_allclose(code, code_by_hand(5, 7, 16), rtol=0, atol=1e-6)
-
-
-def test_what_of_the_bottleneck_each_type_reads():
-    """a: the first position; b: the first half of the channels; c: all; d: the condition instead."""
-    expected = {"a": np.s_[:, 0], "b": np.s_[:8], "c": np.s_[:], "d": np.s_[:0]}
-    assert set(expected) == set(TYPES)
-    for name, read in expected.items():
-        bottleneck, condition = (x.requires_grad_() for x in inputs(batch=1))
-        decoder_of(name).double()(bottleneck, condition)["image"].square().sum().backward()
-        gradient = torch.zeros(1, 16, 4) if bottleneck.grad is None else bottleneck.grad
-        mask = torch.zeros(16, 4, dtype=torch.bool)
-        mask[read] = True
-        assert torch.equal(gradient[0] != 0, mask)
-        assert (condition.grad is not None) == (name == "d")
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_windows_and_steps_do_not_mix(name):
-    decoder = decoder_of(name).double()
-    bottleneck, condition = inputs()
-    before = decoder(bottleneck, condition)
-    bottleneck[1], condition[1] = 0, 0
-    bottleneck[2, [4, 5, 6, 7] if name == "b" else slice(8, None)], condition[2, 1] = 0, 0  # its second step
-    for key, after in decoder(bottleneck, condition).items():
-        changed = (after - before[key]).flatten(2).abs().amax(2) > 1e-6
-        assert changed.tolist() == [[False, False], [True, True], [False, True]]
-
-
 # In the loss -----------------------------------------------------------------------------------------------------
 
 
@@ -131,25 +98,6 @@ def test_where_the_gradient_goes(name):
     assert reached == {"encoder.encoders"} | own | (set() if name == "d" else unet)
     unused = [key for key, value in gradients.items() if key.startswith("decoder.") and not value.abs().max() > 0]
     assert not unused
-
-
-def test_types_differ():
-    """For the same weights of encoder and U-Net."""
-    losses, gradients = {}, {}
-    for name in TYPES:
-        policy, data = policy_with(name)
-        plain, _ = policy_with("plain")
-        policy.load_state_dict(plain.state_dict(), strict=False)
-        batch, randomness = batch_of(policy, data)
-        losses[name] = policy(batch, randomness)
-        shares = decode_gradients(policy, batch, randomness)
-        gradients[name] = torch.cat([value.flatten() for key, value in shares.items() if "encoders." in key])
-    assert len({value["diffusion"].item() for value in losses.values()}) == 1
-    assert len({round(value["loss"].item(), 4) for value in losses.values()}) == len(TYPES)
-    for i, one in enumerate(TYPES):
-        for other in TYPES[:i]:
-            apart = (gradients[one] - gradients[other]).norm() / gradients[one].norm()
-            assert apart > 0.01, (one, other)
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -16,12 +16,6 @@ def chunk_of(policy, **options):
     return policy.sample(observations(policy), generator=seeded(), **options)
 
 
-def change_by_optimizer(policy):
-    optimizer = torch.optim.AdamW(policy.denoiser.parameters(), lr=0.1)
-    policy.denoiser(torch.ones(1, 8, 2), torch.ones(1), torch.ones(1, 4)).square().sum().backward()
-    optimizer.step()
-
-
 def change_by_fused_optimizer(policy):
     """As the trainer does it; torch does not count these changes."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, fused=True)
@@ -56,19 +50,11 @@ def change_a_parameter(policy):
     linear.weight = torch.nn.Parameter(torch.ones_like(linear.weight))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_by_optimizer,
-        change_by_fused_optimizer,
-        change_by_average,
-        change_in_place,
-        change_by_loading,
-        change_the_network,
-        change_a_parameter,
-    ],
-    ids=lambda change: change.__name__,
-)
+CHANGES = [change_by_fused_optimizer, change_by_average, change_in_place, change_by_loading]
+CHANGES += [change_the_network, change_a_parameter]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("packed", [None, "float32"])
 def test_what_is_kept_follows_the_weights(change, packed):
     policy, _ = fitted()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from backbones import IMAGE_SIZES, SOFTMAX, parameter_count, pictures, pyramid, sharpened
 
-from policy.attention import ATTENTIONS, shuffle_heads, wythoff_offsets
+from policy.attention import ATTENTIONS
 from policy.attention.softmax import SoftmaxAttention
 
 
@@ -91,17 +91,6 @@ def test_attention_stages():
     assert (other(images) - outputs[1]).abs().max() > 1e-3
     own = sharpened(pyramid(image_size=64, attention=SOFTMAX, attention_stages="none"))
     assert torch.equal(own(images), outputs[0])
-
-
-def test_every_stage_has_the_offsets_of_its_own_grid():
-    encoder = pyramid(image_size=84, arch="pvt_v2_b2", attention_stages="all")
-    layer = 0
-    for side, heads, stage in zip((21, 11, 6, 3), (1, 2, 5, 8), encoder.pvt.stages, strict=True):
-        offsets = wythoff_offsets(side * side, heads, variant="robot")
-        for block in stage.blocks:
-            assert block.attn.attention.offsets == shuffle_heads(offsets, layer)
-            layer += 1
-    assert layer == 3 + 4 + 6 + 3
 
 
 def test_geometry_that_mechanisms_are_told(monkeypatch):

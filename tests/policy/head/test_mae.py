@@ -134,17 +134,6 @@ def test_decoder_by_hand():
         torch.testing.assert_close(predicted[row], expected.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_loss_ignores_the_prediction_of_visible_patches():
-    model, pictures = autoencoder(), images()
-    randomness = drawn(model)
-    kept = []
-    model.decoder.to_pixels.register_forward_hook(lambda *hook: hook[2].retain_grad() or kept.append(hook[2]))
-    model({"image": pictures}, randomness)["loss"].backward()
-    for row, seen in enumerate(seen_patches(randomness, 4)):
-        felt = kept[0].grad[row].abs().sum(dim=1) > 0
-        assert set(felt.nonzero().flatten().tolist()) == set(range(COUNT)) - seen
-
-
 # What the encoder sees ------------------------------------------------------------------------------------------------
 
 

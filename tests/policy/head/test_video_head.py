@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clips import CLASSES, FRAMES, PATCHES, SIZE, SOFTMAX, SPACE_TIMES, classifier, clips, labelled, video_config
-from heads import FIBOTTENTION, assert_compiles, assert_resumes_exactly, head_config, on_resnet
+from heads import assert_compiles, assert_resumes_exactly, head_config, on_resnet
 from torch import nn
 
 from policy.attention import ATTENTIONS
 from policy.attention.softmax import SoftmaxAttention
 from policy.build import build_model
-from policy.checkpoint import load_checkpoint, load_encoder, load_model, load_weights, save_checkpoint
+from policy.checkpoint import load_encoder, load_model, load_weights
 from policy.head.space_time import JointSpaceTime
 
 # What stays of the image encoder --------------------------------------------------------------------------------------
@@ -54,23 +54,6 @@ def test_order_of_the_frames():
     torch.testing.assert_close(
         blind.logits({"video": video}), blind.logits({"video": video.flip(1)}), rtol=0, atol=1e-4
     )
-
-
-def test_frames_see_each_other_unless_alone():
-    for space_time in SPACE_TIMES:
-        model, video = classifier(space_time=space_time), clips()
-        changed = video.clone()
-        changed[:, 2] = 0
-        before, after = (model.encode_batch({"video": v})[:, 0] for v in (video, changed))
-        assert torch.allclose(before, after, rtol=0, atol=1e-6) == (space_time == "space")
-
-
-@pytest.mark.parametrize("space_time", SPACE_TIMES)
-def test_pattern_of_the_encoder_is_in_force(space_time):
-    sparse, dense = (classifier(space_time=space_time, attention=a) for a in (FIBOTTENTION, SOFTMAX))
-    dense.load_state_dict(sparse.state_dict())
-    video = clips()
-    assert (sparse.logits({"video": video}) - dense.logits({"video": video})).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("space_time", SPACE_TIMES)
@@ -276,16 +259,6 @@ def test_a_run_resumes_exactly_and_its_encoder_is_one_of_images(space_time, tmp_
     assert torch.equal(model.logits({"video": clips()}), whole.ema.model.logits({"video": clips()}))
     encoder = load_encoder(tmp_path / "whole")
     torch.testing.assert_close(encoder(clips()[:, 0]), whole.ema.model.vision(clips()[:, 0]))
-
-
-def test_shared_weights_survive_a_checkpoint(tmp_path):
-    model = classifier(space_time="joint")
-    save_checkpoint(tmp_path / "one.safetensors", model.state_dict(), config={}, state={})
-    tensors, _, _ = load_checkpoint(tmp_path / "one.safetensors")
-    fresh = classifier(trained=False, space_time="joint")
-    load_weights(fresh, tensors, "one")
-    assert torch.equal(fresh.logits({"video": clips()}), model.logits({"video": clips()}))
-    assert fresh.space_time.layers[1].qkv.weight is fresh.vision.vit.blocks[1].attn.qkv.weight
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
