@@ -17,7 +17,7 @@ from eval.speed.reference import sharing
 from eval.speed.sample import parse_sampler, random_observation
 from policy.checkpoint import load_policy
 from policy.export import export
-from policy.kernels.unet1d import PackedUNet
+from policy.kernels.unet1d import PackedUNet, unsupported
 
 OURS = "ours"  # the name of the others' measure
 SHIPPED = Path(__file__).parent.parent.parent / "pretrained" / "pusht_policy.safetensors"
@@ -50,10 +50,12 @@ def measure_runtimes(checkpoint, *, sampler, batches, seconds):
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        graph = Path(folder) / "policy.onnx"
-        export(checkpoint, graph, sampler=sampler[0], steps=sampler[1])
-        policy = load_policy(checkpoint)
+        graph, policy = Path(folder) / "policy.onnx", load_policy(checkpoint)
         policy.set_sampler(*sampler)
+        reason = unsupported(policy.denoiser, torch.zeros(max(batches), policy.horizon, policy.action_dim))
+        if reason is not None:
+            raise ValueError(f"--checkpoint, --batches: {reason}")
+        export(checkpoint, graph, sampler=sampler[0], steps=sampler[1])
         torches, onnx = torch_runtimes(policy), onnx_policy(graph)
         for batch in tqdm(batches, desc="batches", leave=False, dynamic_ncols=True):
             for part, calls in both_parts(policy, torches, onnx, batch).items():

@@ -47,3 +47,9 @@ def test_wrong_options(option, value, capsys):
     with pytest.raises(SystemExit):
         speed.main(["runtimes", option, value])
     assert option in capsys.readouterr().err
+
+
+def test_more_rows_than_the_kernels_take_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["runtimes", "--batches", "1", "1000"])
+    assert "--batches" in capsys.readouterr().err
