@@ -1,7 +1,7 @@
-"""Crossway's state decoders: what the policy passes on must also say what was observed (arXiv 2307.01849).
+"""Crossway's state decoders: they reconstruct the observation from the policy's features (arXiv 2307.01849).
 
-Types a, b and c read the bottleneck of the U-Net, d reads the condition vector and bypasses the U-Net. The published
-robot code of Fibottention trains type a for b and c, too.
+Types a, b and c read the bottleneck of the U-Net: its first position, the first half of its channels, or all of it.
+Type d reads the condition vector, before the U-Net. The published robot code of Fibottention trains type a for b and c.
 """
 
 import math

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import fibottention_reference
 import pytest
 import torch
 from fibottention_reference import RULES, attended
@@ -45,11 +46,8 @@ def dense(q, k, v, mask, rule, scale):
     return torch.einsum("bhij,bhjd->bhid", weight, v), torch.where(empty, torch.inf, lse)
 
 
-def tokens(batch, heads, size, width, *, dtype=torch.float32):
-    """q, k, v as an attention block makes them from one projection, and grad_out: each (B, H, T, D)."""
-    numbers = torch.randn(batch, size, 4, heads, width, generator=torch.Generator().manual_seed(0))
-    q, k, v, grad_out = numbers.to(DEVICE, dtype).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v, grad_out
+def tokens(*sizes, dtype=torch.float32):
+    return [x.to(DEVICE) for x in fibottention_reference.tokens(*sizes, dtype=dtype)]
 
 
 def run(q, k, v, grad_out, *, heads=HEADS, prefix=1, rule="zero", scale=0.3):
