@@ -31,9 +31,7 @@ def main(arguments=None):
     """The command line."""
     parser = Parser("eval.translate", __doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument(
-        "--source", type=Path, help="sentences to test on, one a line, UTF-8 (default: held-out pairs)"
-    )
+    parser.add_argument("--source", type=Path, help="sentences to test on, one a line, UTF-8 (default: held-out pairs)")
     parser.add_argument("--target", type=Path, help="their translations, a line each")
     parser.add_argument("--translate", metavar="SENTENCE", help="print its translation, no test")
     parser.add_argument("--beams", type=int, help="of the search (default: as in training)")

@@ -3,10 +3,10 @@
 import difflib
 import importlib
 import inspect
-from collections.abc import MutableMapping
+from collections.abc import Mapping
 
 
-class Registry(MutableMapping):
+class Registry(Mapping):
     """The parts of one ``kind``, {name: "module:Class" within ``package``, imported at first use, or the class}."""
 
     def __init__(self, kind, package, parts):
@@ -19,12 +19,6 @@ class Registry(MutableMapping):
             module, attribute = part.split(":")
             part = getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
         return part
-
-    def __setitem__(self, name, part):
-        self.parts[name] = part
-
-    def __delitem__(self, name):
-        del self.parts[name]
 
     def __iter__(self):
         return iter(sorted(self.parts))
@@ -50,9 +44,13 @@ def lookup(kind, name, table):
     """The entry of ``table`` called ``name``; raises ValueError that lists the choices and the nearest one."""
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name), list(table), n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"{kind}: got {name!r}{hint}, allowed: {', '.join(sorted(table))}")
+    raise ValueError(f"{kind}: got {name!r}{nearest(name, table)}, allowed: {', '.join(sorted(table))}")
+
+
+def nearest(name, options):
+    """The addition (did you mean 'x'?) with the one of ``options`` most like ``name``, or nothing."""
+    near = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def choose(key, value, allowed):

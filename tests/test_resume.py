@@ -9,7 +9,7 @@ from door import door
 from omegaconf import OmegaConf
 
 from eval.shared.compose import compose_task
-from eval.shared.run_config import STARTING, interpolated, stored_config, write_config
+from eval.shared.run_config import STARTING, stored_config, write_config
 from policy.checkpoint import load_checkpoint, save_checkpoint
 
 TASKS = [("pusht", None), ("pusht", "pretrain"), ("lift_ph", None), ("cifar10", None), ("cifar10", "pretrain"),
@@ -22,6 +22,17 @@ def stored(folder, task, name, *overrides):
     write_config(folder, config, OmegaConf.to_container(config, resolve=True))
     save_checkpoint(folder / "checkpoints" / "last.safetensors", {}, config={}, state={"step": 0})
     return config
+
+
+def interpolated(config, prefix=""):
+    """{dotted key: what it copies} of all values of ``config`` that point at others."""
+    found = {}
+    for key, value in OmegaConf.to_container(config).items():
+        if isinstance(value, str) and "${" in value:
+            found[f"{prefix}{key}"] = value
+        elif isinstance(value, dict):
+            found |= interpolated(OmegaConf.create(value), f"{prefix}{key}.")
+    return found
 
 
 def another(value):

@@ -4,19 +4,21 @@ A kind keeps the contract ``Benchmark`` of policy/training/protocols.py. A new o
 configuration whose ``model.name`` names it.
 """
 
-import importlib
+from policy.registry import Registry
 
-from policy.registry import lookup
-
-BENCHMARKS = {
-    "diffusion": "policy:PolicyBenchmark",
-    "keypoints": "keypoints:KeypointBenchmark",
-    "image_classifier": "image:ImageBenchmark",
-    "mae": "image:ImageBenchmark",
-    "video_classifier": "video:VideoBenchmark",
-    "language": "language:LanguageBenchmark",
-    "translation": "translation:TranslationBenchmark",
-}
+BENCHMARKS = Registry(
+    "model.name",
+    __name__,
+    {
+        "diffusion": "policy:PolicyBenchmark",
+        "keypoints": "keypoints:KeypointBenchmark",
+        "image_classifier": "image:ImageBenchmark",
+        "mae": "image:ImageBenchmark",
+        "video_classifier": "video:VideoBenchmark",
+        "language": "language:LanguageBenchmark",
+        "translation": "translation:TranslationBenchmark",
+    },
+)
 
 
 def build_benchmark(config, run_dir, *, resume=False):
@@ -24,6 +26,4 @@ def build_benchmark(config, run_dir, *, resume=False):
 
     resume: the weights will come from the checkpoint in ``run_dir``.
     """
-    module, name = lookup("model.name", config["model"]["name"], BENCHMARKS).split(":")
-    kind = getattr(importlib.import_module(f"eval.benchmark.{module}"), name)
-    return kind(config, run_dir, resume=resume)
+    return BENCHMARKS[config["model"]["name"]](config, run_dir, resume=resume)

@@ -10,7 +10,8 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from eval.shared.overrides import known_keys, nearest, task_folders
+from eval.shared.overrides import known_keys, task_folders
+from policy.registry import nearest
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, HydraException, OmegaConfBaseException)
 

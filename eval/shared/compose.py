@@ -8,8 +8,9 @@ import hydra
 from omegaconf import OmegaConf
 
 from envs import make_data
-from eval.shared.overrides import CONFIG, ROOT, check_types, nearest, task_folders
+from eval.shared.overrides import CONFIG, ROOT, check_types, task_folders
 from policy.dataset.robomimic import ensure_zarr
+from policy.registry import lookup, nearest
 
 FIRST = ("typea", "scratch", "train")  # what a folder trains when no --config-name is given
 
@@ -51,9 +52,7 @@ def compose_task(task, overrides, name=None):
 
     name: as of --config-name. Raises ValueError for an unknown task, and what hydra raises for wrong overrides.
     """
-    tasks = task_folders()
-    if task not in tasks:
-        raise ValueError(f"--task: got {task!r}{nearest(task, tasks)}, allowed: {', '.join(tasks)}")
+    lookup("--task", task, dict.fromkeys(task_folders()))
     return _composed(CONFIG / task, name or first_config(CONFIG / task), overrides)
 
 

@@ -1,6 +1,5 @@
 """Keys and values that the files of config/ know, and checks of what a command line changes."""
 
-import difflib
 import functools
 from pathlib import Path
 
@@ -14,12 +13,6 @@ SHARED = ("attention", "base", "decoder", "denoiser", "encoder", "model", "prese
 def task_folders():
     """Names of the folders of config/ that can be trained."""
     return sorted({path.parent.name for path in CONFIG.glob("*/*.yaml")} - set(SHARED))
-
-
-def nearest(name, options):
-    """The addition (did you mean 'x'?) with the one of ``options`` most like ``name``, or nothing."""
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def check_types(config):

@@ -10,9 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eval.shared.overrides import nearest
 from policy.checkpoint import LAST, find_checkpoint, load_checkpoint
 from policy.files import write_whole
+from policy.registry import nearest
 
 COMPOSED, RESOLVED = "config.yaml", "resolved.yaml"
 # Keys that act at the start of a run only; a resumed one has weights, optimizer, tokens and folder already.
@@ -103,14 +103,3 @@ def _names(config, prefix=""):
         own = not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(config, key)
         if own and OmegaConf.is_dict(config[key]):
             yield from _names(config[key], f"{prefix}{key}.")
-
-
-def interpolated(config):
-    """{dotted key: what it copies} of all values of ``config`` that point at others."""
-    found = {}
-    for name in _names(config):
-        section, _, key = name.rpartition(".")
-        node = OmegaConf.select(config, section) if section else config
-        if OmegaConf.is_interpolation(node, key):
-            found[name] = node._get_node(key)._value()
-    return found
