@@ -12,11 +12,13 @@ from tqdm import tqdm
 from eval.shared.classify_plots import plot_confusion
 from eval.shared.intervals import rate_interval
 from eval.shared.overrides import ROOT
-from policy.build import build_model
+from policy.build import ENCODER_LOADING, build_model
 from policy.checkpoint import LAST, load_checkpoint, load_encoder, load_encoder_weights, load_weights
 from policy.files import write_whole
 from policy.training.batches import to_tensors
 from policy.training.protocols import Streaming
+
+STARTS = (*ENCODER_LOADING, "pretrained")  # of an encoder: how its own run started
 
 
 def load_source(name, camera=None):
@@ -35,8 +37,8 @@ def adopt_encoder(config, source, changes):
     for section in ("encoder", "attention"):
         if section not in changed:
             own = [key.removeprefix(f"{section}.") for key in changed if key.startswith(f"{section}.")]
-            kept = {key: config[section][key] for key in own}
-            learned = {key: value for key, value in source.config[section].items() if key not in ("pretrained", "init")}
+            kept = {key: config[section][key] for key in (*own, *ENCODER_LOADING) if key in config[section]}
+            learned = {key: value for key, value in source.config[section].items() if key not in STARTS}
             config[section] = learned | kept
     if "image_size" not in changed:
         config["image_size"] = image_size_of(source)

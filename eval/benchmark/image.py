@@ -27,7 +27,8 @@ def check_changes(config, changes):
     if data in config["embedded"]:
         reason = f"{data} is drawn in memory and shifted by embedded.{data}.pad px alone, which keeps its labels"
         refuse_changes(changes, OF_FILES, reason)
-        config["augment"] = {"pad": config["embedded"][data]["pad"]}
+        for key in OF_FILES:
+            del config[key]
 
 
 def open_data(config):

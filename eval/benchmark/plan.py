@@ -56,8 +56,9 @@ def state_bytes(model):
 def kept_bytes(benchmark, trainer):
     """Bytes that the loss of a micro-batch of this process keeps for its gradients, from those of two small ones."""
     rows = trainer.batch_size // (trainer.options.gradient_accumulation * trainer.accelerator.num_processes)
-    few, more = (_kept(benchmark.model, trainer, min(count, rows)) for count in PROBED)
-    return few + (rows - PROBED[0]) * max(more - few, 0) / (PROBED[1] - PROBED[0])
+    counts = [min(count, rows) for count in PROBED]
+    few, more = (_kept(benchmark.model, trainer, count) for count in counts)
+    return few + (rows - counts[0]) * (more - few) / max(counts[1] - counts[0], 1)
 
 
 def _kept(model, trainer, count):

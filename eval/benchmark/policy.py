@@ -15,12 +15,14 @@ class PolicyBenchmark:
 
     def __init__(self, config, run_dir, *, resume=False):
         self.config, self.run_dir = config, run_dir
-        self.task, self.encoder, self.dagger = config["task"], config["encoder"], config["dagger"]
+        self.task, self.encoder_options, self.dagger = config["task"], config["encoder"], config["dagger"]
         check_dagger(self.dagger, env_name=self.task["env"]["name"])
         self.model = build_model(
             config
         )  # before the data, whose rendering takes a minute: a wrong option shows at once
-        self.notes = {"encoder": begin_encoder(self.model, self.encoder, attention=config["attention"], resume=resume)}
+        self.notes = {
+            "encoder": begin_encoder(self.model, self.encoder_options, attention=config["attention"], resume=resume)
+        }
         self.train_data, self.val_data = open_demonstrations(config, self.task)
         self.model.fit_normalizer(self.train_data)
         rolls_out = config["rollout"]["episodes"] > 0
@@ -42,7 +44,7 @@ class PolicyBenchmark:
 
     def prepare(self, device):
         """Features of a frozen encoder, computed once; the arrays on the device where they fit."""
-        if self.encoder.get("freeze", False):
+        if self.encoder_options.get("freeze", False):
             cache_features(self.model, [d for d in (self.train_data, self.val_data) if d], device=device)
         place_buffer(self.train_data.buffer, self.config["storage"], device)
 

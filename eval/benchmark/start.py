@@ -24,7 +24,5 @@ def complete(config, changes):
         raise ValueError(f"encoder.init: got {init}, allowed with mode scratch: none (--config-name=finetune takes it)")
     if init != "none":
         classification.adopt_encoder(config, classification.load_source(init, config.camera), changes)
-        config.encoder.init = init
-        config.encoder.freeze = "encoder.freeze=true" in changes
     CHECKS[config.model.name](config, changes)
     return config
