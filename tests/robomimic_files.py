@@ -1,7 +1,9 @@
 """Small files in robomimic's format, edits of them, and the program that converts them."""
 
+import functools
 import json
 
+import commands
 import h5py
 import numpy as np
 
@@ -82,12 +84,4 @@ def read(path, key):
         return np.concatenate([file[f"data/{name}/{key}"][:] for name in names])
 
 
-def call(capsys, *arguments):
-    """(exit code, standard output, error lines) of the program."""
-    code = 0
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, [line for line in captured.err.splitlines() if line.startswith("error:")]
+call = functools.partial(commands.call, main)

@@ -178,12 +178,14 @@ def test_every_shipped_choice_has_the_known_types(group):
     for path in (CONFIG / group).glob("*.yaml"):
         kind = path.stem.partition("_")[0]
         task = {"image": "cifar10", "video": "pusht_turn", "language": "language", "translation": "translation"}
-        compose(task.get(kind, "pusht") if group == "preset" else "pusht", [f"{group}={path.stem}"])
+        config = compose(task.get(kind, "pusht") if group == "preset" else "pusht", [f"{group}={path.stem}"])
+        assert config[group] == path.stem if group == "preset" else config[group]
 
 
 def test_types_that_some_file_has_are_accepted():
-    for change in ("crop=null", "crop=76", "training.lr=1", "training.gradient_clip=2", "training.max_steps=5"):
-        compose("pusht", [change])
+    changes = {"crop=null": None, "crop=76": 76, "training.lr=1": 1, "training.gradient_clip=2": 2}
+    for change, value in changes.items():
+        assert OmegaConf.select(OmegaConf.create(compose("pusht", [change])), change.split("=")[0]) == value
 
 
 def test_known_values_are_those_of_the_files():

@@ -153,6 +153,7 @@ def test_public_names_import(module, name):
     found = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
+    assert callable(found) or isinstance(found, property)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,9 +1,11 @@
 """The speed command: what it compares is equal, what it reports follows from what it measured, its options work."""
 
+import functools
 import itertools
 import json
 import re
 
+import commands
 import pytest
 import torch
 from PIL import Image
@@ -232,13 +234,7 @@ WRONG = ["--backend gpu", "--variant papre", "--dtype float64", "--device gpu", 
 WRONG += ["--head-dim -8", "--tokens 0", "--seconds nan", "--threads 0"]
 
 
-def refused(capsys, *arguments):
-    """The one line that the command gives for wrong ``arguments``."""
-    with pytest.raises(SystemExit) as stop:
-        speed.main([*arguments])
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("error: ") == 1
-    return error.split("error: ")[1].rstrip("\n")
+refused = functools.partial(commands.refused, speed.main)
 
 
 @pytest.fixture(autouse=True)

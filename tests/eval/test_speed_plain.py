@@ -1,9 +1,11 @@
 """eval.speed of encoders, samples, training steps, loading and decoding: the ways compared do the same."""
 
+import functools
 import json
 import re
 from concurrent.futures import Future
 
+import commands
 import numpy as np
 import pytest
 import tiny
@@ -19,14 +21,7 @@ from policy.build import build_model
 from policy.dataset.features import cache_features
 from policy.diffusion import DiffusionPolicy
 
-
-def refused(capsys, *arguments):
-    """The one line that the command gives for wrong ``arguments``."""
-    with pytest.raises(SystemExit) as stop:
-        speed.main([*arguments])
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("error: ") == 1
-    return error.split("error: ")[1].rstrip("\n")
+refused = functools.partial(commands.refused, speed.main)
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,13 @@
 """The download program against a server in this process: whole, interrupted, damaged and impossible downloads."""
 
+import functools
 import http.server
 import io
 import threading
 import time
 import zipfile
 
+import commands
 import h5py
 import pytest
 from paths import ROOT
@@ -84,15 +86,7 @@ def hdf5(server, tmp_path_factory):
     return server.content
 
 
-def call(capsys, *arguments):
-    """(exit code, standard output, error lines) of the program."""
-    code = 0
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, [line for line in captured.err.splitlines() if line.startswith("error:")]
+call = functools.partial(commands.call, main)
 
 
 def contents(folder):
