@@ -150,7 +150,10 @@ class DiffusionPolicy(ChunkSampler):
         }
 
     def fit_normalizer(self, dataset):
-        """Take the ranges of the training windows of ``dataset`` (policy.dataset.WindowDataset)."""
+        """Take the ranges of the training windows of ``dataset`` (policy.dataset.WindowDataset).
+
+        ``normalizer.constant`` then names the columns that do not move. Raises ValueError for NaN or inf, by key.
+        """
         arrays = dataset.buffer.arrays
         for key in self.encoder.low_dim:
             self.normalizer.fit(key, torch.from_numpy(arrays[key][dataset.windows[:, : self.obs_steps]]).flatten(0, 1))

@@ -3,13 +3,16 @@
 import torch
 from torch import nn
 
-MIN_RANGE = 1e-4  # a dimension that moves less than this is only centred, as in Diffusion Policy's normaliser
+RESOLUTION = 1e-5  # share of its largest value that a column must move by, about a hundred steps of float32
+ROUNDING = 1e-14  # the same of the largest value of all columns: a simulator's 1e-17 beside 1 is a rounded 0
 
 
 class Normalizer(nn.Module):
     """Maps the range seen in training to [-1, 1] for each key; x -> x * scale + offset.
 
     shapes: {key: shape}; scale and offset of a key are buffers of that shape, so they travel with ``state_dict``.
+    A column that moves by less than ``RESOLUTION`` is only centred. The unit of the data changes nothing.
+    constant: "KEY[COLUMN]" of those columns, since the last ``fit`` of each key.
     """
 
     def __init__(self, shapes):
@@ -17,23 +20,40 @@ class Normalizer(nn.Module):
         for key, shape in shapes.items():
             self.register_buffer(f"{key}_scale", torch.ones(tuple(shape)))
             self.register_buffer(f"{key}_offset", torch.zeros(tuple(shape)))
+        self._still = {}  # {key: columns}
+
+    @property
+    def constant(self):
+        return [f"{key}[{column}]" for key, columns in self._still.items() for column in columns]
 
     def fit(self, key, data, columns=None):
         """Use the minimum and maximum over the first axis of ``data`` (F, *shape).
 
-        columns: entries of the last axis that this is for, all by default; the others are left as they are.
+        columns: entries of the last axis that this is for, all by default; the others are left as they are. Raises
+        ValueError for data that are not finite.
         """
         low, high = data.amin(dim=0), data.amax(dim=0)
-        spread = high - low
-        moves = spread > MIN_RANGE
-        scale = torch.where(moves, 2.0 / spread.clamp_min(MIN_RANGE), 1.0)
+        spread, size = high - low, torch.maximum(low.abs(), high.abs())
+        if not spread.isfinite().all():
+            raise ValueError(f"{key}: got NaN or inf in the training data, allowed: finite numbers")
+        least = torch.maximum(RESOLUTION * size, ROUNDING * size.max())
+        moves = spread > least.clamp_min(torch.finfo(torch.float32).tiny)
+        scale = 2.0 / torch.where(moves, spread, 2.0)
         offset = -scale * (low + high) / 2
-        if columns is not None:
-            kept = torch.ones(data.shape[-1], dtype=torch.bool)
-            kept[list(columns)] = False
-            scale[..., kept], offset[..., kept] = 1.0, 0.0
+        scaled = torch.zeros(data.shape[-1], dtype=torch.bool)
+        scaled[slice(None) if columns is None else list(columns)] = True
+        scale[..., ~scaled], offset[..., ~scaled] = 1.0, 0.0
         self.get_buffer(f"{key}_scale").copy_(scale)
         self.get_buffer(f"{key}_offset").copy_(offset)
+        moves = moves.reshape(-1, data.shape[-1]).any(dim=0)
+        self._still[key] = (scaled & ~moves).nonzero().flatten().tolist()
+
+    def check(self, tensors, prefix=""):
+        """Raise ValueError, by name, for a scale among ``tensors`` {prefix + name: tensor} that no data have."""
+        for name in (f"{prefix}{name}" for name, _ in self.named_buffers() if name.endswith("_scale")):
+            scale = tensors[name].float()
+            if not ((scale > 0) & scale.reciprocal().isfinite()).all():
+                raise ValueError(f"{name}: got a scale that is not above 0, allowed: those of a fitted normaliser")
 
     def normalize(self, key, x):
         """x (..., *shape) raw units -> [-1, 1]."""

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import numbers
 from collections.abc import Mapping
 
 
@@ -42,7 +43,7 @@ class Registry(Mapping):
 
 def lookup(kind, name, table):
     """The entry of ``table`` called ``name``; raises ValueError that lists the choices and the nearest one."""
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
     raise ValueError(f"{kind}: got {name!r}{nearest(name, table)}, allowed: {', '.join(sorted(table))}")
 
@@ -50,12 +51,12 @@ def lookup(kind, name, table):
 def nearest(name, options):
     """The addition (did you mean 'x'?) with the one of ``options`` most like ``name``, or nothing."""
     near = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near and near[0] != str(name) else ""
 
 
 def choose(key, value, allowed):
     """``value`` where it is among ``allowed``; raises ValueError that lists these."""
-    if value not in allowed:
+    if value not in tuple(allowed):
         raise ValueError(f"{key}: got {value!r}, allowed: {', '.join(map(str, allowed))}")
     return value
 
@@ -63,8 +64,15 @@ def choose(key, value, allowed):
 def at_least(least, **values):
     """Raise ValueError unless each of ``values`` {key: number} is ``least`` or more."""
     for key, value in values.items():
-        if value < least:
-            raise ValueError(f"{key}: got {value}, allowed: {least} and more")
+        if not (isinstance(value, numbers.Real) and value >= least):
+            raise ValueError(f"{key}: got {value!r}, allowed: {least} and more")
+
+
+def within(least, most, **values):
+    """Raise ValueError unless each of ``values`` {key: number} is an integer from ``least`` to ``most``."""
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+            raise ValueError(f"{key}: got {value!r}, allowed: integers from {least:,} to {most:,}")
 
 
 def check_options(kind, name, options, constructor, *, without=()):

@@ -9,13 +9,14 @@ schedulers. Sources: DDPM (arXiv 2006.11239, equations 6 and 7), DDIM (arXiv 201
 DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2); v-prediction: arXiv 2202.00512, appendix D.
 """
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from policy.registry import lookup
+from policy.registry import lookup, within
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")  # what the U-Net predicts: noise, clean actions, velocity
 
@@ -92,9 +93,45 @@ def _log_ratio(level):
     return np.log(level / (1 - level)) / 2
 
 
-SAMPLERS = {  # name: steps, the scheduler of diffusers whose spacing of the steps is used
-    "ddpm": (ddpm_steps, DDPMScheduler),
-    "ddim": (ddim_steps, DDIMScheduler),
+def spaced_timesteps(total, count):
+    """``count`` of ``total`` diffusion steps, from late to early, of which the first is in the last tenth.
+
+    Those are the multiples of total // count, as published, where they begin so late ("leading" spacing). Else they go
+    evenly from the last step on ("trailing"): noise alone is no sample of an earlier step (arXiv 2305.08891, sec. 3.4).
+    """
+    stride = total // count
+    leading = [stride * number for number in reversed(range(count))]
+    if 10 * leading[0] >= 9 * total:
+        return leading
+    return [round(total * number / count) - 1 for number in range(count, 0, -1)]
+
+
+class _Spaced:
+    """A scheduler of diffusers that takes ``spaced_timesteps``, each to the next."""
+
+    def set_timesteps(self, num_inference_steps):
+        self.num_inference_steps = num_inference_steps
+        steps = spaced_timesteps(self.config.num_train_timesteps, num_inference_steps)
+        self.timesteps = torch.tensor(steps, device="cpu")
+
+
+class SpacedDDPM(_Spaced, DDPMScheduler):
+    """diffusers' DDPM, see ``_Spaced``."""
+
+
+class SpacedDDIM(_Spaced, DDIMScheduler):
+    """diffusers' DDIM, see ``_Spaced``; by itself it goes on by total // count, whatever its steps are."""
+
+    def step(self, model_output, timestep, sample, **options):
+        later = self.timesteps[self.timesteps < timestep]
+        width = int(timestep) - (int(later[0]) if len(later) else -1)
+        self.num_inference_steps = Fraction(self.config.num_train_timesteps, width)
+        return super().step(model_output, timestep, sample, **options)
+
+
+SAMPLERS = {  # name: steps, the scheduler of diffusers that they equal
+    "ddpm": (ddpm_steps, SpacedDDPM),
+    "ddim": (ddim_steps, SpacedDDIM),
     "dpmpp_2m": (dpmpp_2m_steps, DPMSolverMultistepScheduler),
 }
 
@@ -135,16 +172,11 @@ def sampling_steps(name, noise_config, num_steps, *, first=0):
     with torch.device("cpu"):  # whatever the default is, as where a model is built without memory
         scheduler = diffusers_scheduler(name, noise_config)
     levels = scheduler.alphas_cumprod.double().numpy()
-    if not 1 <= num_steps <= len(levels):
-        raise ValueError(f"num_inference_steps: got {num_steps}, allowed: 1 to {len(levels)} training steps")
+    within(1, len(levels), num_inference_steps=num_steps)
     scheduler.set_timesteps(num_steps)
     timesteps = scheduler.timesteps.tolist()
     if len(set(timesteps)) < num_steps:  # diffusers' rounding has made two of them one
         raise ValueError(f"num_inference_steps: got {num_steps}, allowed with {name}: fewer than {len(levels)}")
-    if isinstance(scheduler, DPMSolverMultistepScheduler):
-        after = [levels[t] for t in timesteps[1:]] + [1.0]
-    else:
-        stride = len(levels) // num_steps  # as diffusers has it, also where it does not divide
-        after = [levels[t - stride] if t >= stride else 1.0 for t in timesteps]
+    after = [*levels[timesteps[1:]], 1.0]
     taken = slice(first, None)
     return list(steps(timesteps[taken], levels[timesteps[taken]], after[taken], noise_config["prediction_type"]))

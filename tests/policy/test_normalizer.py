@@ -46,9 +46,49 @@ def test_a_constant_dimension_is_centred_not_blown_up(jitter):
     data[:, 1] = 7 + jitter * np.linspace(-0.5, 0.5, len(data))
     normalizer = fitted(data)
     normalised = normalizer.normalize("x", torch.from_numpy(data).float())
+    assert normalizer.constant == ["x[1]"]
     assert normalised[:, 1].abs().max() <= 5e-5
     np.testing.assert_allclose(normalised[:, [0, 2]].amax(0).numpy(), 1, rtol=0, atol=1e-3)
     np.testing.assert_allclose(normalizer.denormalize("x", torch.zeros(3))[1].item(), 7, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e-3, 1.0, 1e3, 1e6, 1e9])
+@pytest.mark.parametrize("middle", [0.0, 0.3])
+def test_the_unit_changes_nothing(middle, unit):
+    """A range of 80 um, in metres, millimetres, micrometres and others, beside a column of another unit."""
+    fine = middle + 8e-5 * np.random.default_rng(0).random(500)
+    data = np.stack([fine * unit, np.full(500, 0.7 * unit), raw_data((1,))[:, 0]], axis=1)
+    normalizer = fitted(data)
+    x = torch.from_numpy(data).float()
+    normalised = normalizer.normalize("x", x)
+    expected = 2 * (fine - fine.min()) / (fine.max() - fine.min()) - 1
+    np.testing.assert_allclose(normalised[:, 0].numpy(), expected, rtol=0, atol=3e-3)
+    back = normalizer.denormalize("x", normalised)[:, 0]
+    np.testing.assert_allclose(back.numpy() / unit, fine, rtol=0, atol=8e-5 * 3e-3)
+    assert normalizer.constant == ["x[1]"] and (normalised[:, 1].abs() <= 1e-6 * 0.7 * unit).all()
+
+
+def test_what_is_constant_is_named_once_and_rounding_is_no_motion():
+    """Of the last fit of each key; a column is constant where it is at every step of a chunk; 1e-17 beside 1 is 0."""
+    rng = np.random.default_rng(0)
+    normalizer = Normalizer({"x": (2,), "quaternion": (4,), "action": (4, 3)})
+    quaternion = torch.from_numpy(np.stack([np.ones(50), 1e-17 * rng.normal(size=50), *rng.random((2, 50))], axis=1))
+    normalizer.fit("quaternion", quaternion.float())
+    actions = torch.from_numpy(rng.random((50, 4, 3))).float()
+    actions[:, 0], actions[..., 2] = 0.0, 5.0  # where the chunk starts; the last column
+    normalizer.fit("x", torch.zeros(50, 2))
+    normalizer.fit("x", torch.arange(100.0).reshape(50, 2))
+    normalizer.fit("action", actions, [0, 2])
+    assert normalizer.constant == ["quaternion[0]", "quaternion[1]", "action[2]"]
+    assert normalizer.normalize("quaternion", quaternion.float())[:, :2].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_data_that_are_not_finite_are_refused_by_key(wrong):
+    data = torch.rand(20, 2)
+    data[3, 1] = wrong
+    with pytest.raises(ValueError, match="speed: got NaN or inf"):
+        Normalizer({"speed": (2,)}).fit("speed", data)
 
 
 def test_keys_are_independent_and_unfitted_ones_change_nothing():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
 from policies import fitted, observations, seeded
 
@@ -61,9 +61,8 @@ def loop_in_double(steps, start, noise, *, clip):
     return end.as_subclass(torch.Tensor), wave.seen
 
 
-def with_diffusers(monkeypatch, name, config, count, start, noise):
-    """The same with diffusers' own scheduler object, its table of alphas in double precision, and the same draws."""
-    scheduler = diffusers_scheduler(name, config)
+def with_diffusers(monkeypatch, name, scheduler, count, start, noise):
+    """The same with a scheduler object of diffusers, its table of alphas in double precision, and the same draws."""
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     if name != "dpmpp_2m":
         scheduler.one = scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
@@ -92,11 +91,74 @@ def test_tables_equal_the_schedulers_of_diffusers(name, prediction, clip, monkey
         noise = torch.randn(count, 2, 3, 2, generator=generator, dtype=torch.float64)
         steps = sampling_steps(name, config, count)
         got, seen = loop_in_double(steps, start, noise, clip=clip)
-        expected, timesteps = with_diffusers(monkeypatch, name, config, count, start, noise)
+        expected, timesteps = with_diffusers(monkeypatch, name, diffusers_scheduler(name, config), count, start, noise)
         assert seen == timesteps == [step.timestep for step in steps] and len(steps) == count
         # diffusers rounds what its DPM-Solver holds to single precision in every step.
         tolerance = 1e-5 if name == "dpmpp_2m" else 1e-10
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, msg=f"{count} steps")
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize(
+    ("spacing", "counts"), [("leading", (10, 14, 16, 20, 25, 50, 100)), ("trailing", (1, 2, 4, 5))], ids=str
+)
+def test_published_counts_are_plain_diffusers(kind, spacing, counts, monkeypatch):
+    """As diffusers comes, where its own steps start in the last tenth, or end at the clean actions."""
+    name = {DDPMScheduler: "ddpm", DDIMScheduler: "ddim"}[kind]
+    config, generator = noise_config(), seeded()
+    start = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)
+    for count in counts:
+        noise = torch.randn(count, 2, 3, 2, generator=generator, dtype=torch.float64)
+        plain = kind.from_config(config, timestep_spacing=spacing)
+        expected, timesteps = with_diffusers(monkeypatch, name, plain, count, start, noise)
+        got, seen = loop_in_double(sampling_steps(name, config, count), start, noise, clip=True)
+        assert seen == timesteps
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, msg=f"{count} steps")
+    assert [step.timestep for step in sampling_steps("ddim", config, 10)] == [90, 80, 70, 60, 50, 40, 30, 20, 10, 0]
+
+
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear"])
+@pytest.mark.parametrize("total", [20, 97, 100, 1000])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_count_starts_in_the_last_tenth_or_is_refused(name, total, schedule):
+    """Noise alone is no sample of an earlier step; of the 51 steps of DDIM the first was 50 of 100."""
+    config = noise_config(num_train_timesteps=total, beta_schedule=schedule)
+    refused = []
+    for count in range(1, total + 1) if total < 1000 else (1, 2, 3, 9, 10, 33, 501, 600, 999):
+        try:
+            timesteps = [step.timestep for step in sampling_steps(name, config, count)]
+        except ValueError as error:
+            assert f"num_inference_steps: got {count}, allowed" in str(error)
+            refused.append(count)
+            continue
+        assert len(timesteps) == count and total > timesteps[0] >= 0.9 * total - 1 and timesteps[-1] >= 0
+        widths = -np.diff([*timesteps, -1])
+        assert widths.min() >= 1 and widths.max() <= total / count + 2
+        warm = sampling_steps(name, config, count, first=count // 2)  # from the previous chunk, noised to its level
+        assert [step.timestep for step in warm] == timesteps[count // 2 :]
+    assert refused in ([], [total])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_perfect_model_gives_the_distribution_of_the_data_with_every_count(name):
+    """Clean values N(0.3, 0.5^2), predicted perfectly: samples have that mean; the spread, too, with some steps."""
+    config = noise_config(clip_sample=False, prediction_type="sample")
+    levels = diffusers_scheduler(name, config).alphas_cumprod.double()
+    errors = {}
+    for count in range(1, 100):
+        gain, offset, noise, last = 1.0, 0.0, 0.0, (0.0, 0.0)  # x = gain start + offset + noise z
+        for step in sampling_steps(name, config, count):
+            level = levels[step.timestep].item()
+            slope = level**0.5 * 0.25 / (level * 0.25 + 1 - level)  # E[clean | x] = 0.3 + slope (x - level**0.5 0.3)
+            clean = (slope * gain, slope * (offset - level**0.5 * 0.3) + 0.3)
+            weight = step.clean_weight + step.raw_weight
+            noise = ((step.x_weight + weight * slope) ** 2 * noise**2 + step.noise_weight**2) ** 0.5
+            gain = step.x_weight * gain + weight * clean[0] + step.last_weight * last[0]
+            offset = step.x_weight * offset + weight * clean[1] + step.last_weight * last[1]
+            last = clean
+        errors[count] = abs(offset - 0.3), abs((gain**2 + noise**2) ** 0.5 - 0.5)
+    assert max(mean for mean, _ in errors.values()) < 0.025
+    assert max(spread for count, (_, spread) in errors.items() if count >= 10) < 0.12
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
