@@ -1,6 +1,7 @@
 """What a trained diffusion policy does: draw chunks of actions, and act on a robot, one observation at a time."""
 
 import math
+import numbers
 from collections import deque
 
 import torch
@@ -98,11 +99,13 @@ class ChunkSampler(nn.Module):
         Images are uint8 or float in 0..255, (C, h, w). generator: one ``torch.Generator`` or a list of B, one an
         episode. previous: a chunk (B, T, Da) that was sampled ``elapsed`` steps ago; what is left of it is noised and
         denoised with the last ``warm_start`` of the steps only (SDEdit, arXiv 2108.01073; warm starts of plans:
-        Diffuser, arXiv 2205.09991). Raises ValueError for missing keys, wrong shapes or impossible step counts.
+        Diffuser, arXiv 2205.09991). Raises ValueError for missing keys, wrong shapes, NaN or inf, images in another
+        range, such as floats in [0, 1], or impossible step counts.
         """
         device = next(self.parameters()).device
-        obs = {key: torch.as_tensor(obs[key]).to(device) for key in self.encoder.shapes if key in obs}
-        batch, seen = self.encoder.check(obs)
+        obs = self._tensors(obs)
+        batch, seen = self.encoder.check(obs)  # where the values lie
+        obs = {key: values.to(device) for key, values in obs.items()}
         if seen != self.obs_steps:
             raise ValueError(f"obs: got {seen} steps, allowed: {self.obs_steps}")
         if isinstance(generator, list) and len(generator) != batch:
@@ -119,13 +122,25 @@ class ChunkSampler(nn.Module):
             chunk = self.loop(self.denoiser, frames.reshape(batch, -1), start, noise, steps)
         return self.normalizer.denormalize("action", chunk) + origin
 
+    def _tensors(self, obs):
+        """What the encoder reads of ``obs``, as tensors where they lie."""
+        tensors = {}
+        for key in (key for key in self.encoder.shapes if key in obs):
+            try:
+                tensors[key] = torch.as_tensor(obs[key])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"obs {key!r}: got no array of numbers ({error})") from error
+        return tensors
+
     def _rest_of(self, previous, elapsed, batch):
         """``previous`` (B, T, Da) without the ``elapsed`` first steps, its last one repeated."""
         previous = torch.as_tensor(previous).float()
         shape, got = (batch, self.horizon, self.action_dim), tuple(previous.shape)
-        if got != shape or elapsed is None or not 0 <= elapsed < self.horizon:
+        if got != shape or not isinstance(elapsed, numbers.Integral) or not 0 <= elapsed < self.horizon:
             allowed = f"{shape} (B, T, Da), 0 to {self.horizon - 1}"
             raise ValueError(f"previous, elapsed: got {got}, {elapsed}, allowed: {allowed}")
+        if not previous.isfinite().all():
+            raise ValueError("previous: got NaN or inf, allowed: a chunk that was sampled")
         return torch.cat([previous[:, elapsed:], previous[:, -1:].expand(-1, elapsed, -1)], dim=1)
 
     def act(self, obs, **options):
@@ -145,9 +160,7 @@ class ChunkSampler(nn.Module):
         It keeps the last To observations, executes Ta actions, then plans again; options as ``sample``. Before the
         first observation there is nothing: that one is repeated, as in training. Raises ValueError as ``sample`` does.
         """
-        obs = {
-            key: torch.as_tensor(obs[key]).clone() for key in self.encoder.shapes if key in obs
-        }  # cameras reuse memory
+        obs = {key: values.clone() for key, values in self._tensors(obs).items()}  # cameras reuse memory
         self.encoder.check({key: value[None, None] for key, value in obs.items()})
         self._observed.extend([obs] * (1 if self._observed else self.obs_steps))
         if not self._planned:

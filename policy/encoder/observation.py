@@ -1,10 +1,15 @@
 """Several cameras and low-dimensional keys to one vector per observed frame."""
 
+import math
+
 import torch
 from torch import nn
 
 from policy.encoder import build_encoder
 from policy.registry import choose
+
+IMAGE_VALUES = "0..255, uint8 or float"
+HALF_LEVEL = 0.5  # that a resized image may be beyond these
 
 
 def crop_images(images, size, *, position=None):
@@ -82,7 +87,10 @@ class ObservationEncoder(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def check(self, obs):
-        """Raise ValueError unless ``obs`` holds every key as (B, To, *shape); returns (B, To)."""
+        """Raise ValueError unless ``obs`` {key: tensor} holds every key as (B, To, *shape), finite, images in 0..255.
+
+        Returns (B, To). Costs no look at uint8 images, one at the other values and one wait for the device.
+        """
         missing = [key for key in self.shapes if key not in obs]
         if missing:
             raise ValueError(f"obs: got keys {sorted(obs)}, allowed: {sorted(self.shapes)} (missing {missing})")
@@ -92,4 +100,25 @@ class ObservationEncoder(nn.Module):
                 raise ValueError(f"obs {key!r}: got shape {tuple(obs[key].shape)}, allowed: (B, To, *{shape})")
         if len(set(lead.values())) != 1:
             raise ValueError(f"obs: got leading shapes {lead}, allowed: one (B, To) for all keys")
+        self._check_values({key: obs[key] for key in self.shapes})
         return next(iter(lead.values()))
+
+    def _check_values(self, obs):
+        for key, values in obs.items():
+            if values.is_complex() or (key in self.cameras and values.dtype == torch.bool):
+                allowed = IMAGE_VALUES if key in self.cameras else "real numbers"
+                raise ValueError(f"obs {key!r}: got {values.dtype}, allowed: {allowed}")
+        obs = {key: values for key, values in obs.items() if values.numel() and values.dtype != torch.uint8}
+        if not obs:
+            return
+        ranges = [torch.stack(values.float().aminmax()) for values in obs.values()]
+        ranges = torch.stack([found.to(ranges[0].device) for found in ranges]).tolist()
+        for (key, values), (low, high) in zip(obs.items(), ranges, strict=True):
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"obs {key!r}: got NaN or inf, allowed: finite numbers")
+            if key not in self.cameras:
+                continue
+            if low < -HALF_LEVEL or high > 255 + HALF_LEVEL:
+                raise ValueError(f"obs {key!r}: got values in [{low:.3g}, {high:.3g}], allowed: {IMAGE_VALUES}")
+            if high <= 1 and values.is_floating_point() and bool((values % 1 != 0).any()):
+                raise ValueError(f"obs {key!r}: got values in [0, 1], allowed: {IMAGE_VALUES} (multiply by 255)")

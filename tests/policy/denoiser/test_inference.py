@@ -104,6 +104,64 @@ def test_observation_errors(change, key):
         policy.sample(obs)
 
 
+WRONG_VALUES = {  # key, values from what the policy can use
+    "image in [0, 1]": ("image", lambda x: (x / 255).astype(np.float32), r"got values in \[0, 1\], allowed: 0..255"),
+    "half image": ("image", lambda x: (x / 255).astype(np.float16), r"got values in \[0, 1\], allowed: 0..255"),
+    "bool image": ("image", lambda x: x > 128, "bool, allowed: 0..255"),
+    "image in [-1, 1]": ("image", lambda x: (x / 127.5 - 1).astype(np.float32), "allowed: 0..255"),
+    "16-bit image": ("image", lambda x: x.astype(np.uint16) * 257, "allowed: 0..255"),
+    "int image": ("image", lambda x: x.astype(np.int64) - 1, "allowed: 0..255"),
+    "one bright pixel": ("image", lambda x: _with(x, 256.0), "256"),
+    "complex image": ("image", lambda x: x.astype(np.complex64), "complex"),
+    "NaN in an image": ("image", lambda x: _with(x, np.nan), "NaN"),
+    "inf in an image": ("image", lambda x: _with(x, np.inf), "inf"),
+    "NaN": ("agent_pos", lambda x: _with(x, np.nan), "NaN"),
+    "inf": ("agent_pos", lambda x: _with(x, -np.inf), "inf"),
+    "too large for float32": ("agent_pos", lambda x: _with(x.astype(np.float64), 1e300), "inf"),
+    "complex": ("agent_pos", lambda x: x.astype(np.complex128), "complex"),
+    "text": ("agent_pos", lambda x: x.astype(str), "got no array of numbers"),
+    "nothing": ("agent_pos", lambda x: None, "got no array of numbers"),
+}
+
+
+def _with(values, wrong):
+    """``values`` with ``wrong`` in the place of the last number."""
+    values = values.astype(np.result_type(values.dtype, np.float32))
+    values.flat[-1] = wrong
+    return values
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_values_that_a_policy_was_not_trained_on_are_refused_by_key(case):
+    """By every way to ask for actions, and nothing of them is kept."""
+    key, change, text = WRONG_VALUES[case]
+    policy, _ = fitted(images=True)
+    right = observations(policy)
+    obs = {**right, key: change(right[key])}
+    for ask in (policy.sample, policy.act):
+        with pytest.raises(ValueError, match=f"obs '{key}': .*{text}"):
+            ask(obs)
+    now = {name: None if values is None else values[-1, -1] for name, values in obs.items()}
+    first = {name: values[0, 0] for name, values in right.items()}
+    expected = policy.select_action(first, generator=seeded())
+    policy.reset()
+    with pytest.raises(ValueError, match=f"obs '{key}': .*{text}"):
+        policy.select_action(now)
+    assert torch.equal(policy.select_action(first, generator=seeded()), expected)
+
+
+def test_values_that_look_odd_but_are_right():
+    """A black picture, one in float64, one that a resize took a little beyond white, whole numbers of any type."""
+    policy, _ = fitted(images=True)
+    obs = observations(policy)
+    expected = policy.sample(obs, generator=seeded())
+    for kind in (np.float64, np.float16, np.int16, np.int64):
+        assert torch.equal(policy.sample({**obs, "image": obs["image"].astype(kind)}, generator=seeded()), expected)
+    for image in (np.zeros_like(obs["image"], dtype=np.float32), np.full(obs["image"].shape, 255.001, np.float32)):
+        assert policy.sample({**obs, "image": image}).isfinite().all()
+    assert policy.sample({**obs, "agent_pos": obs["agent_pos"] > 0}).isfinite().all()
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_generator_for_every_row_or_one(count):
     policy = tiny.policy()
@@ -175,6 +233,8 @@ def test_a_warm_start_stays_near_its_guess():
         ({"elapsed": 8}, "elapsed"),
         ({"previous": torch.zeros(2, 8, 2)}, "previous"),
         ({"previous": torch.zeros(3, 4, 2)}, "previous"),
+        ({"previous": torch.full((3, 8, 2), torch.nan)}, "previous"),
+        ({"elapsed": 1.5}, "elapsed"),
         ({"warm_start": 0}, "warm_start"),
         ({"warm_start": 1.5}, "warm_start"),
     ],
