@@ -13,17 +13,24 @@ import numpy as np
 import pytest
 from paths import ROOT
 
+import envs.robomimic.hdf5_checks
 import envs.shared.files
+import envs.shared.zarr_checks
+import policy.dataset.robomimic.hdf5_checks
+import policy.dataset.zarr_checks
 import policy.files
 
 BOTH = pytest.mark.parametrize("files", [policy.files, envs.shared.files], ids=["policy", "envs"])
+COPIES = [
+    (policy.files, envs.shared.files),
+    (policy.dataset.zarr_checks, envs.shared.zarr_checks),
+    (policy.dataset.robomimic.hdf5_checks, envs.robomimic.hdf5_checks),
+]
 
 
-def test_the_copies_are_the_same():
-    first, second = (
-        inspect.getsource(module).removeprefix(f'"""{module.__doc__}"""')
-        for module in (policy.files, envs.shared.files)
-    )
+@pytest.mark.parametrize("modules", COPIES, ids=lambda modules: modules[1].__name__)
+def test_the_copies_are_the_same(modules):
+    first, second = (inspect.getsource(module).removeprefix(f'"""{module.__doc__}"""') for module in modules)
     assert first == second
 
 
@@ -66,8 +73,22 @@ def test_the_next_writer_clears_away_what_a_killed_one_left(files, tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT)
     assert result.returncode == -signal.SIGKILL and not path.exists() and len(list(tmp_path.iterdir())) == 1
-    files.write_whole(path, "whole")
-    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "whole"
+    files.write_whole(tmp_path / "other", "whole")  # whatever its name
+    assert list(tmp_path.iterdir()) == [tmp_path / "other"]
+
+
+@BOTH
+def test_writers_at_once_do_not_meet_and_only_what_is_abandoned_goes(files, tmp_path):
+    path, theirs = tmp_path / "file", tmp_path / "thesis.partial-0123456789ab"
+    theirs.mkdir()
+    (theirs / "chapter").touch()
+    with files.whole(path) as first, files.whole(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+        files.write_whole(tmp_path / "other", "other")
+        assert first.read_text() == "first" and second.read_text() == "second"
+    assert path.read_text() == "first" and sorted(tmp_path.iterdir()) == [path, tmp_path / "other", theirs]
+    assert list(theirs.iterdir()) == [theirs / "chapter"]
 
 
 @BOTH

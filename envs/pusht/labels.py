@@ -12,7 +12,8 @@ from envs.pusht.geometry import CORNERS
 from envs.pusht.scenes import ensure_images, ensure_scenes
 from envs.shared.checks import check_choice
 from envs.shared.files import digest
-from envs.shared.zarr_files import open_group, read_array, write_labels
+from envs.shared.zarr_checks import find_array, open_zarr
+from envs.shared.zarr_files import read_all, write_labels
 
 VERSION = 1  # raise it when the same states get other labels
 MARGIN_PX, MARGIN_DEGREES = 2.0, 2.0  # scenes this close to another class have none
@@ -80,7 +81,7 @@ def ensure_labels(*, cache_dir, frames, seed=0, image_size=96):
     images = ensure_scenes(cache_dir=cache_dir, frames=frames, seed=seed, image_size=image_size)
     target = images.with_name(f"{images.stem}_labels_v{VERSION}.zarr.zip")
     if not target.exists():
-        states = open_group(images)["data/state"][:]
+        states = read_all(open_zarr(images), "data/state", images)
         known = {task: (labels(task, states), names) for task, (_, names) in SCENE_TASKS.items()}
         write_labels(target, images, np.arange(1, frames + 1), known)
     return target
@@ -114,10 +115,10 @@ def ensure_turns(source, *, cache_dir, frames=8, stride=2, image_size=96, still=
     if not 0 <= still < turning:
         raise ValueError(f"still, turning: got {still}, {turning} degrees, allowed: 0 <= still < turning")
     images = Path(ensure_images(source, cache_dir=cache_dir, image_size=image_size))
-    root = open_group(images)
-    if "data/state" not in root:
+    root = open_zarr(images)
+    if find_array(root, "data/state", images) is None:
         raise ValueError(f"{images}: got no data/state to tell turns from, allowed: a replay buffer with data/state")
-    states, ends = (read_array(root, name, images) for name in ("data/state", "meta/episode_ends"))
+    states, ends = (read_all(root, name, images) for name in ("data/state", "meta/episode_ends"))
     options = {"span": (frames - 1) * stride + 1, "still": still, "turning": turning}
     content = digest(f"{VERSION} {images.resolve()} {options}", states, ends)
     target = Path(cache_dir) / f"{images.name.split('.')[0]}_turns_{frames}x{stride}_{content[:12]}.zarr.zip"

@@ -13,7 +13,8 @@ from envs.pusht.geometry import AGENT_RADIUS, ARENA, GOAL_ANGLE, GOAL_X, GOAL_Y,
 from envs.shared.checks import check_positive
 from envs.shared.files import digest
 from envs.shared.rendered_zarr import CHUNK, write_rendered
-from envs.shared.zarr_files import open_group, read_array
+from envs.shared.zarr_checks import find_array, open_zarr
+from envs.shared.zarr_files import read_all
 
 
 def sample_states(count, rng):
@@ -76,19 +77,19 @@ def ensure_images(source, *, cache_dir, image_size=96):
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"data set: got {source}, which does not exist")
-    root = open_group(source)
-    if "data/img" in root:
+    root, needed = open_zarr(source), ("data/state", "data/action", "meta/episode_ends")
+    if find_array(root, "data/img", source) is not None:
         return source
-    if "data/state" not in root or "data/action" not in root or "meta/episode_ends" not in root:
+    if any(find_array(root, name, source) is None for name in needed):
         raise ValueError(
             f"{source}: got neither data/img to see nor data/state to render, allowed: a replay buffer with data/img,"
             " or with data/state, data/action and meta/episode_ends"
         )
-    states, action, ends = (
-        read_array(root, name, source) for name in ("data/state", "data/action", "meta/episode_ends")
-    )
+    states, action, ends = (read_all(root, name, source) for name in needed)
     if states.ndim != 2 or states.shape[1] != 5 or not np.isfinite(states).all():
         raise ValueError(f"{source}: data/state: got shape {states.shape} or NaN, allowed: (F, 5) finite numbers")
+    if ends.ndim != 1 or (ends.astype(np.int64) != ends).any():
+        raise ValueError(f"{source}: episode_ends: got {ends.dtype} {ends.shape}, allowed: (E,) whole numbers")
     if not len(states) == len(action) == ends.max(initial=0):
         raise ValueError(
             f"{source}: got {len(states)} states, {len(action)} actions and episodes that end at"

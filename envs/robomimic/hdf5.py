@@ -4,11 +4,12 @@ Layout (L frames a demo): data (attributes total, env_args) / demo_i (attributes
   actions (L, A), states (L, S)    as recorded; states before the action of the same row
   rewards (L,), dones (L,)         after it; dones as of dataset_states_to_obs --done_mode 2: success, and the end
   obs/{camera}_image (L, h, w, 3) uint8, gzip; obs/{low-dim key} (L, D) float64, of the states
-and mask/{filter key}, names of demos. There is no next_obs: robomimic reads it only where load_next_obs asks for it
-(its offline RL, not its imitation learning), and it would double the file.
+and mask/{filter key}, names of demos. Each has a checksum of HDF5, fletcher32. There is no next_obs: robomimic reads it
+only where load_next_obs asks for it (its offline RL, not its imitation learning), and it would double the file.
 """
 
 import contextlib
+import errno
 import json
 import re
 from importlib import metadata
@@ -18,7 +19,9 @@ import h5py
 import numpy as np
 
 from envs.robomimic.backend import INSTALL
+from envs.robomimic.hdf5_checks import check_own
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of the low-dimensional values what can be told from a state: robosuite's accelerations cannot.
 LOW_DIM = re.compile(
     r"robot\d+_(right_|left_)?(eef_(pos|quat|quat_site)|gripper_(qpos|qvel)|joint_(pos|vel))|object", re.ASCII
@@ -64,8 +67,8 @@ def write_part(path, datasets, *, attributes=None, **about):
         for name, values in datasets.items():
             image = values.ndim == 4
             # A frame a chunk: data loaders read a few consecutive ones anywhere.
-            options = {"chunks": (1, *values.shape[1:]), "compression": "gzip"} if image else {}
-            demo.create_dataset(name, data=values, **options)
+            options = {"chunks": (1, *values.shape[1:]), "compression": "gzip"} if image else {"chunks": values.shape}
+            demo.create_dataset(name, data=values, fletcher32=True, **options)  # compared whenever a chunk is read
 
 
 @contextlib.contextmanager
@@ -94,14 +97,20 @@ def stored_arguments(path):
 
 @contextlib.contextmanager
 def open_file(path):
-    """The HDF5 ``path`` for reading; FileNotFoundError for none, ValueError for a damaged one, also found later."""
+    """The HDF5 ``path`` for reading; FileNotFoundError for none, ValueError for a damaged one, also found later.
+
+    ValueError, too, where data of it lie in other files.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data set: got {path}, which is no file")
     try:
         with h5py.File(path, "r") as file:
+            check_own(file, path)
             yield file
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError) as error:  # as h5py raises for damage
+        if getattr(error, "errno", None) in FULL:  # of another file, which is being written from this one
+            raise
         raise ValueError(f"{path}: got a file that is not a whole HDF5 ({error}), allowed: robomimic's HDF5") from error
 
 
@@ -116,4 +125,5 @@ def demo_names(file, path):
 def has_images(file, path):
     """Whether the demos of ``file`` come with images."""
     demo = file["data"][demo_names(file, path)[0]]
-    return any(key.endswith("_image") for key in demo.get("obs", {}))
+    obs = demo.get("obs") if isinstance(demo, h5py.Group) else None
+    return isinstance(obs, h5py.Group) and any(key.endswith("_image") for key in obs)

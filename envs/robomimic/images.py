@@ -27,6 +27,7 @@ from envs.robomimic.hdf5 import (
     stored_arguments,
     write_part,
 )
+from envs.robomimic.hdf5_checks import check_stored
 from envs.robomimic.metadata import check_env_args, same_model
 from envs.shared.checks import check_positive
 from envs.shared.files import digest
@@ -83,18 +84,19 @@ def check_source(file, path):
     """(demo names, env_args) of an open file whose states can be drawn; ValueError says what it lacks."""
     names = demo_names(file, path)
     try:
-        env_args = json.loads(file["data"].attrs["env_args"])
-    except (KeyError, TypeError, ValueError) as error:
+        env_args = dict(json.loads(file["data"].attrs["env_args"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: got no readable attribute env_args of data ({error}), allowed: robomimic's"
         ) from error
     try:
-        check_env_args(env_args, {env_args.get("env_name")})  # its name is checked by who knows all of robosuite's
+        check_env_args(env_args, [env_args.get("env_name")])  # its name is checked by who knows all of robosuite's
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     for name in names:
         demo = file["data"][name]
-        shapes = [demo[key].shape if key in demo else None for key in ("states", "actions")]
+        arrays = [demo.get(key) if isinstance(demo, h5py.Group) else None for key in ("states", "actions")]
+        shapes = [getattr(array, "shape", None) for array in arrays]
         if shapes[0] is None:
             raise ValueError(f"{path}: data/{name}: got no states to draw, allowed: states (L, S)")
         if shapes[1] is None or [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][0]:
@@ -103,6 +105,8 @@ def check_source(file, path):
             )
         if not shapes[0][0]:
             raise ValueError(f"{path}: data/{name}: got no frames, allowed: 1 or more")
+        for array in arrays:
+            check_stored(array, f"{path}: {array.name}")
     return names, env_args
 
 

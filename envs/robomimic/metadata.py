@@ -80,6 +80,10 @@ def check_env_args(env_args, tasks):
     if not isinstance(kwargs, dict) or not kwargs.get("robots") or not kwargs.get("controller_configs"):
         known = sorted(kwargs) if isinstance(kwargs, dict) else kwargs
         raise ValueError(f"env_args env_kwargs: got {known}, allowed: options with robots and controller_configs")
+    configs = kwargs["controller_configs"]
+    for config in configs if isinstance(configs, list) else [configs]:
+        if not isinstance(config, dict) or not isinstance(config.get("body_parts", {}), dict):
+            raise ValueError(f"env_args controller_configs: got {config}, allowed: a description of a controller")
     if env_args["type"] != ROBOSUITE_TYPE:
         raise ValueError(f"env_args type: got {env_args['type']!r}, allowed: {ROBOSUITE_TYPE} (robosuite)")
     version = env_args.get("env_version")

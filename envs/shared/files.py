@@ -7,26 +7,30 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
+import secrets
 import shutil
 from pathlib import Path
+
+PARTIAL = re.compile(r".+\.partial-[0-9a-f]{12}")
 
 
 @contextlib.contextmanager
 def whole(path, *, shared=False):
     """A place for a file or folder that moves to ``path`` when the block ends without an error.
 
-    The place has the name of ``path`` and lies in a folder of its own, PATH.partial. A file is flushed to the disk
-    before it moves. The next writer clears away what a killed one left.
+    The place has the name of ``path`` and lies in a folder of its own, PATH.partial-RANDOM, which is locked while its
+    writer lives. The next writer beside it clears away what killed ones left. A file is flushed to the disk before it
+    moves.
 
-    shared: several processes may write ``path`` at once. Each gets its own folder, and a folder at ``path`` stays.
-    Raises OSError where the disk refuses; ``path`` then stays as it was.
+    shared: several processes may write the folder ``path`` at once: the first one's stays. Raises OSError where the
+    disk refuses; ``path`` then stays as it was.
     """
     path = Path(path)
-    folder = path.with_name(f"{path.name}.partial{os.getpid() if shared else ''}")
-    place = folder / path.name
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_abandoned(path.parent)
+    with _private_folder(path) as folder:
+        place = folder / path.name
         yield place
         if place.is_file():
             with open(place, "rb") as file:
@@ -36,8 +40,31 @@ def whole(path, *, shared=False):
         except OSError:
             if not (shared and path.is_dir()):  # else another process was faster
                 raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _private_folder(path):
+    """A new folder beside ``path``, with a file in it that this process keeps locked; both are gone at the end."""
+    while True:
+        folder = path.with_name(f"{path.name}.partial-{secrets.token_hex(6)}")
+        folder.mkdir()
+        try:
+            with open(folder / "lock", "w") as lock:
+                with contextlib.suppress(OSError):  # a disk without locks, on which nothing is ever cleared away
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if (folder / "lock").exists():  # else another writer took it for abandoned before it was locked
+                    yield folder
+                    return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_abandoned(parent):
+    """Remove the folders in ``parent`` that ``whole`` made and whose writer is dead: nobody holds their lock."""
+    for name in filter(PARTIAL.fullmatch, os.listdir(parent)):
+        with contextlib.suppress(OSError), open(parent / name / "lock", "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(parent / name)
 
 
 def write_whole(path, content):

@@ -7,6 +7,7 @@ an interrupted run. Only one process at a time works on a set, the others wait f
 import json
 import math
 import os
+import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -18,6 +19,7 @@ from envs.shared.files import locked, whole, write_whole
 from envs.shared.workers import start_worker
 
 NOTE = "arguments.json"
+BEGUN = re.compile(rf"lock|{NOTE}\.partial.*")  # what lies in OUTPUT.partial before anything was made
 
 
 def is_recovery(index, fraction):
@@ -64,7 +66,7 @@ def _is_complete(output, partial, arguments, stored):
     try:
         if place == output:
             found = dict(stored(output))
-        elif partial.exists() and set(os.listdir(partial)) - {"lock", f"{NOTE}.partial"}:
+        elif partial.exists() and any(not BEGUN.fullmatch(name) for name in os.listdir(partial)):
             found = dict(json.loads((partial / NOTE).read_text()))
         else:
             return False

@@ -2,14 +2,17 @@
 
 import multiprocessing
 
+import numcodecs
 import numpy as np
 import zarr
 from tqdm import tqdm
 
 from envs.shared.files import whole
 from envs.shared.workers import start_worker, usual_processes
+from envs.shared.zarr_files import ALL_CHUNKS, CHECKSUM
 
 CHUNK = 256  # frames drawn by one job and stored together
+CODECS = {"filters": [numcodecs.Blosc("lz4", shuffle=numcodecs.Blosc.SHUFFLE)], "compressors": CHECKSUM}
 
 
 def in_processes(draw, jobs):
@@ -25,7 +28,7 @@ def write_rendered(target, draw, jobs, *, frames, arrays, episode_ends, descript
     The last job may return fewer frames; together they have ``frames``. arrays: further {name: (F, ...)}. ``draw``
     must be importable by spawned processes. Another process that was faster wins.
     """
-    with whole(target, shared=True) as place:
+    with whole(target, shared=True) as place, zarr.config.set(ALL_CHUNKS):
         root = zarr.open_group(str(place), mode="w", zarr_format=2)
         start = 0
         with tqdm(total=frames, desc=description, unit="frame", leave=False, dynamic_ncols=True) as bar:
@@ -36,8 +39,8 @@ def write_rendered(target, draw, jobs, *, frames, arrays, episode_ends, descript
                 start += count
                 bar.update(count)
         for name, values in arrays.items():
-            root.create_array(f"data/{name}", data=values, chunks=(4096, *values.shape[1:]))
-        root.create_array("meta/episode_ends", data=np.asarray(episode_ends, np.int64))
+            root.create_array(f"data/{name}", data=values, chunks=(4096, *values.shape[1:]), **CODECS)
+        root.create_array("meta/episode_ends", data=np.asarray(episode_ends, np.int64), **CODECS)
 
 
 def _array(root, name, frames, like):
@@ -45,4 +48,4 @@ def _array(root, name, frames, like):
     if f"data/{name}" in root:
         return root[f"data/{name}"]
     shape = (frames, *like.shape[1:])
-    return root.create_array(f"data/{name}", shape=shape, chunks=(CHUNK, *shape[1:]), dtype=like.dtype)
+    return root.create_array(f"data/{name}", shape=shape, chunks=(CHUNK, *shape[1:]), dtype=like.dtype, **CODECS)

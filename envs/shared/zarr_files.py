@@ -9,38 +9,38 @@ import numpy as np
 import zarr
 
 from envs.shared.files import whole
+from envs.shared.zarr_checks import check_array, find_array, free_memory, open_zarr, read_array
 
-
-def open_group(path):
-    """The zarr group at ``path`` (Path), for reading; ValueError for anything else."""
-    try:
-        if path.suffix == ".zip":
-            return zarr.open_group(zarr.storage.ZipStore(str(path), mode="r"), mode="r")
-        return zarr.open_group(str(path), mode="r")
-    except Exception as error:  # zarr, zipfile and json each have their own ways to fail on a broken store
-        raise ValueError(f"{path}: got something that is not a readable zarr group ({error})") from error
+# With every chunk, also one of zeros, which zarr would leave out and readers take for a truncated copy, and with a
+# checksum of what is stored, compared whenever a chunk is read.
+ALL_CHUNKS = {"array.write_empty_chunks": True}
+CHECKSUM = numcodecs.CRC32()
 
 
 def read_attributes(path):
     """Attributes of the group at ``path``; ValueError for none."""
-    return open_group(path).attrs.asdict()
+    return open_zarr(path).attrs.asdict()
 
 
-def read_array(root, name, source):
-    """The whole array ``name`` of ``root``; a missing chunk, which zarr reads as zeros, is a ValueError."""
-    array = root[name]
-    if array.nchunks_initialized != array.nchunks:
-        chunks = f"{array.nchunks_initialized} of {array.nchunks} chunks"
-        raise ValueError(f"{source}: {name}: got {chunks}, allowed: all (a truncated copy?)")
-    try:
-        return array[:]
-    except Exception as error:  # codecs raise whatever their C library does
-        raise ValueError(f"{source}: {name}: got a chunk that cannot be decoded ({error})") from error
+def read_all(root, name, source):
+    """The whole array ``name`` of ``root``, checked; ValueError names what it lacks.
+
+    A chunk that is not stored reads as zeros in format 3 only, whose writers leave out chunks of zeros.
+    """
+    array = find_array(root, name, source)
+    if array is None or array.dtype.kind not in "biuf":
+        raise ValueError(f"{source}: {name}: got {array}, allowed: an array of numbers")
+    missing = check_array(array, source, fills=array.metadata.zarr_format == 3)
+    if missing:
+        print(f"{source}: {name}: {missing} of its chunks are not stored and read as {array.fill_value}")
+    if array.nbytes > free_memory():
+        raise ValueError(f"{source}: {name}: got {array.nbytes / 1e9:,.1f} GB, allowed: what memory holds")
+    return read_array(array, source)
 
 
 def write_zarr(output, arrays, attributes):
     """Write arrays {name: (F, ...)} as a group of format 2, a folder or a .zip file, whole or not at all."""
-    with whole(output, shared=True) as place:
+    with whole(output, shared=True) as place, zarr.config.set(ALL_CHUNKS):
         folder = place.with_name("folder")
         group = zarr.open_group(folder, mode="w", zarr_format=2)
         group.attrs.update(attributes)
@@ -48,8 +48,8 @@ def write_zarr(output, arrays, attributes):
             # Column order: columns of a state that stand still, such as the block's, almost vanish.
             codec = numcodecs.Blosc("zstd", clevel=9, shuffle=numcodecs.Blosc.BITSHUFFLE)
             chunks = (max(1, min(len(array), 65536)), *array.shape[1:])
-            options = {"shape": array.shape, "dtype": array.dtype, "chunks": chunks, "compressors": codec, "order": "F"}
-            group.create_array(name, **options)[:] = array
+            options = {"chunks": chunks, "filters": [codec], "compressors": CHECKSUM, "order": "F"}
+            group.create_array(name, shape=array.shape, dtype=array.dtype, **options)[:] = array
         if place.suffix == ".zip":
             with zipfile.ZipFile(place, "w", zipfile.ZIP_STORED) as file:
                 for path in sorted(folder.rglob("*")):
@@ -69,5 +69,4 @@ def write_labels(target, images, episode_ends, known, **attributes):
     arrays = {f"data/label_{task}": values.astype(np.int64) for task, (values, _) in known.items()}
     attributes["classes"] = {task: names for task, (_, names) in known.items()}
     attributes["images"] = os.path.relpath(images, Path(target).parent)
-    with zarr.config.set({"array.write_empty_chunks": True}):  # readers take a missing chunk, as of zeros, for damage
-        write_zarr(target, {**arrays, "meta/episode_ends": np.asarray(episode_ends, np.int64)}, attributes)
+    write_zarr(target, {**arrays, "meta/episode_ends": np.asarray(episode_ends, np.int64)}, attributes)

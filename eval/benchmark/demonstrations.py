@@ -9,7 +9,7 @@ from eval.shared.compose import locate_data
 from eval.shared.overrides import ROOT
 from policy.build import datasets_of
 from policy.checkpoint import load_encoder_weights, load_model
-from policy.dataset.replay_buffer import open_zarr
+from policy.dataset.zarr_checks import open_zarr
 
 
 def open_demonstrations(config, task):
@@ -22,13 +22,18 @@ def open_demonstrations(config, task):
 
 
 def describe_windows(task, train_data, val_data):
-    """One line about the demonstrations."""
+    """One line about the demonstrations, and about those too short to use."""
     buffer = train_data.buffer
     held_out = len(val_data) if val_data else 0
-    return (
+    line = (
         f"{task['data']}: {buffer.num_episodes:,} episodes, {buffer.num_frames:,} frames;"
         f" {len(train_data):,} training windows, {held_out:,} held out"
     )
+    windows = [data for data in (train_data, val_data) if data and hasattr(data, "unused")]
+    unused, asked = sum(len(data.unused) for data in windows), sum(len(data.episodes) for data in windows)
+    if unused:
+        line += f"; {unused:,} of {asked:,} episodes are shorter than {train_data.shortest} frames and unused"
+    return line
 
 
 def begin_encoder(model, encoder, *, attention, resume):

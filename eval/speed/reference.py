@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from policy.attention.fibottention import FibottentionAttention
-from policy.dataset.replay_buffer import open_zarr
 from policy.dataset.windows import window_frames
+from policy.dataset.zarr_checks import open_zarr
 from policy.denoiser.samplers import diffusers_scheduler
 from policy.encoder.observation import crop_images
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from policy.dataset.replay_buffer import ReplayBuffer, open_zarr
+from policy.dataset.replay_buffer import ReplayBuffer
 from policy.dataset.windows import observed, split_episodes
+from policy.dataset.zarr_checks import find_array, open_zarr
 from policy.encoder.observation import to_unit
 from policy.registry import lookup
 
@@ -156,7 +157,7 @@ def _check_clip(clip, task, covered):
 def _open_buffer(path, images, task, storage, cache_dir):
     """Replay buffer with "image" of data/img of the zarr ``images``, seen from beside ``path``, and "label"."""
     images = path.parent / images
-    array = open_zarr(images).get("data/img")
+    array = find_array(open_zarr(images), "data/img", images)
     shape = () if array is None else array.shape[1:]
     if len(shape) != 3 or shape[0] != shape[1] or shape[2] != 3:
         raise ValueError(f"{images}: data/img: got shape per frame {shape}, allowed: (s, s, 3)")

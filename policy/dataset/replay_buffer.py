@@ -2,8 +2,12 @@
 
 Layout (real-stanford/diffusion_policy): data/<key> (F, ...) and meta/episode_ends (E,), the frame after the last of
 each episode. zarr formats 2 and 3, a directory or a .zip, read alike.
+
+Images are uint8, or numbers from 0 to 255 of another type, whose fractions are rounded. Checksums are compared where
+there are any: those of a .zip, and of chunks written with crc32, as ours are, crc32c or the like.
 """
 
+import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import zarr
 from tqdm import tqdm
 from zarr.buffer.cpu import NDBuffer
 
-from policy.files import digest, whole
+from policy.dataset.cache import cached_map
+from policy.dataset.zarr_checks import (
+    METADATA,
+    array_names,
+    check_array,
+    chunk_keys,
+    find_array,
+    free_memory,
+    open_zarr,
+    read_array,
+)
+from policy.files import digest
 from policy.registry import choose
 
 STORAGES = ("auto", "ram", "mmap", "device")
@@ -28,13 +42,9 @@ class ReplayBuffer:
     def __init__(self, arrays, episode_ends, path="memory"):
         self.arrays = arrays
         self.path = path
-        self.episode_ends = np.asarray(episode_ends, dtype=np.int64)
-        _check_episode_ends(self.episode_ends, path)
+        self.episode_ends = _check_episode_ends(np.asarray(episode_ends), path)
         for key, array in arrays.items():
-            if len(array) != self.num_frames:
-                raise ValueError(
-                    f"{path}: data/{key}: got {len(array)} frames, allowed: {self.num_frames}, the last episode_ends"
-                )
+            _check_frames(len(array), self.episode_ends, f"{path}: data/{key}")
 
     @property
     def num_frames(self):
@@ -70,33 +80,33 @@ class ReplayBuffer:
 
     @classmethod
     def open(cls, path, sources, *, storage="ram", cache_dir=None):
-        """Read ``sources`` = {key: {"source": zarr array, "shape": per frame, "type": ..., "columns": optional}}.
+        """Read ``sources`` = {key: {"source": zarr array, "shape": per frame, "type": ..., "columns", "missing"}}.
 
-        type "rgb" arrays come back as uint8 (F, h, w, C), all others as float32; ``columns`` picks entries of the
-        last axis. storage "mmap" decodes once into .npy files under ``cache_dir``, all others into memory.
+        type "rgb" arrays come back as uint8 (F, h, w, C), all others as float32; ``columns`` (optional) picks entries
+        of the last axis. storage "mmap" decodes once into .npy files under ``cache_dir``, all others into memory.
+
+        A chunk that is not stored reads as the fill value of zarr: in low-dimensional arrays of format 3, whose writers
+        leave out chunks of zeros, which a line says; elsewhere only with missing "fill" (optional).
 
         Raises FileNotFoundError for a missing path; ValueError for anything that is not such a zarr, missing arrays
-        (lists those present), wrong shapes, missing chunks, NaN or inf, or episode_ends that do not increase.
+        (lists those present), wrong shapes, missing chunks, NaN or inf, images in another range, episode_ends that do
+        not increase, and what memory cannot hold; OSError for a cache_dir without room.
         """
         choose("storage", storage, STORAGES)
         if storage == "mmap" and cache_dir is None:
             raise ValueError("storage: got 'mmap' without cache_dir, allowed: mmap with a cache_dir")
         root = open_zarr(path)
-        ends = _find_array(root, "meta/episode_ends", path)
+        ends = find_array(root, "meta/episode_ends", path)
         if ends is None:
             raise ValueError(f"{path}: got no meta/episode_ends, allowed: a replay buffer with data/ and meta/")
-        ends = _read_checked(ends, path)
+        check_array(ends, path)
+        ends = _check_episode_ends(read_array(ends, path), path)
         arrays = {}
         for key, spec in sources.items():
-            source = spec["source"]
-            array = _find_array(root, f"data/{source}", path)
-            if array is None:
-                data = root.get("data")
-                present = sorted(data.array_keys()) if isinstance(data, zarr.Group) else []
-                raise ValueError(
-                    f"{path}: got no data/{source} for {key!r}, allowed: {', '.join(present) or 'nothing'}"
-                )
-            _check_shape(array, spec, f"{path}: data/{source}")
+            array = _find_source(root, key, spec["source"], path)
+            _check_shape(array, spec, f"{path}: {array.path}")
+            _check_frames(array.shape[0], ends, f"{path}: data/{key}")
+            _check_missing(array, key, spec, path)
             decode = _decode_image if spec["type"] == "rgb" else _decode_low_dim
             columns = spec.get("columns")
             if storage == "mmap":
@@ -106,42 +116,53 @@ class ReplayBuffer:
         return cls(arrays, ends, path)
 
 
-def open_zarr(path):
-    """The group at ``path`` (directory or .zip); FileNotFoundError or ValueError say what is wrong with it."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"data set: got {path}, which does not exist")
-    try:
-        if path.suffix == ".zip":
-            return zarr.open_group(zarr.storage.ZipStore(str(path), mode="r"), mode="r")
-        return zarr.open_group(str(path), mode="r")
-    except Exception as error:  # zarr, zipfile and json each have their own ways to fail on a broken store
-        raise ValueError(f"{path}: got something that is not a readable zarr group ({error})") from error
-
-
-def _find_array(root, name, path):
-    """The array called ``name``, None where there is none."""
-    try:
-        node = root.get(name)
-    except Exception as error:  # json and zarr each have their own ways to fail on a broken description
-        raise ValueError(f"{path}: {name}: got a description that cannot be read ({error})") from error
-    return node if isinstance(node, zarr.Array) else None
+def _find_source(root, key, source, path):
+    """The array data/``source``; ValueError lists what is there instead."""
+    array = find_array(root, f"data/{source}", path)
+    if array is None:
+        present = ", ".join(array_names(root, "data")) or "nothing"
+        raise ValueError(f"{path}: got no data/{source} for {key!r}, allowed: {present}")
+    return array
 
 
 def _check_episode_ends(ends, path):
-    if ends.ndim != 1 or len(ends) == 0:
-        raise ValueError(f"{path}: episode_ends: got shape {ends.shape}, allowed: (E,) with E >= 1")
-    lengths = np.diff(ends, prepend=0)
-    if (lengths <= 0).any():
-        at = int(np.argmax(lengths <= 0))
-        raise ValueError(f"{path}: episode_ends: got {ends[at]} at position {at}, allowed: strictly increasing from 1")
+    """The ``ends`` as int64; ValueError where they are none."""
+    if ends.ndim != 1 or len(ends) == 0 or ends.dtype.kind not in "iuf":
+        raise ValueError(
+            f"{path}: episode_ends: got shape {ends.shape} of {ends.dtype}, allowed: (E,) whole numbers with E >= 1"
+        )
+    with np.errstate(invalid="ignore"):
+        numbers = ends.astype(np.int64)
+    bad = (numbers != ends) | (np.diff(numbers, prepend=0) <= 0)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise ValueError(
+            f"{path}: episode_ends: got {ends[at]} at position {at}, allowed: whole numbers, strictly increasing from 1"
+        )
+    return numbers
+
+
+def _check_frames(frames, ends, name):
+    if frames != ends[-1]:
+        raise ValueError(f"{name}: got {frames} frames, allowed: {ends[-1]}, the last episode_ends")
+
+
+def _check_missing(array, key, spec, path):
+    """Refuse chunks that are not stored, or say that they read as the fill value."""
+    choose(f"{key}.missing", spec.get("missing", "refuse"), ("refuse", "fill"))
+    fill = spec.get("missing") == "fill"
+    usual = spec["type"] != "rgb" and array.metadata.zarr_format == 3
+    cure = f"; where every number of them is meant to be {array.fill_value}: shape_meta with {key}: {{missing: fill}}"
+    missing = check_array(array, path, fills=fill or usual, cure="" if fill else cure)
+    if missing:
+        print(f"{path}: {array.path}: {missing} of its chunks are not stored and read as {array.fill_value}")
 
 
 def _check_shape(array, spec, name):
+    if not array.shape or array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: got type {array.dtype} of shape {array.shape}, allowed: numbers (F, ...)")
     shape = tuple(array.shape[1:])
     expected = tuple(spec["shape"])
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name}: got type {array.dtype}, allowed: numbers")
     if spec["type"] == "rgb":
         channels, height, width = expected
         expected = (height, width, channels)  # stored channels last
@@ -168,74 +189,90 @@ def _decode_image(block, name, start):
 
 
 def _decode_low_dim(block, name, start):
-    if not np.isfinite(block).all():
-        frame = start + int(np.argwhere(~np.isfinite(block))[0][0])
-        raise ValueError(f"{name}: got NaN or inf in frame {frame}, allowed: finite numbers")
-    return block.astype(np.float32)
+    with np.errstate(over="ignore"):
+        numbers = block.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        frame = start + int(np.argwhere(~np.isfinite(numbers))[0][0])
+        raise ValueError(f"{name}: got NaN, inf or more than 3.4e38 in frame {frame}, allowed: finite numbers")
+    return numbers
 
 
-def _read_checked(array, path, selection=slice(None), **options):
-    try:
-        return array.get_basic_selection(selection, **options)
-    except Exception as error:  # codecs raise whatever their C library does
-        raise ValueError(f"{path}: {array.path}: got a chunk that cannot be decoded ({error})") from error
-
-
-def _block_starts(array, path):
-    """First frames of the blocks to decode, each of whole chunks, and their length."""
-    # zarr reads a missing chunk as the fill value, so a truncated copy would otherwise train on black images.
-    if array.nchunks_initialized != array.nchunks:
+def _check_range(brightest, array, name):
+    """Refuse images in [0, 1], which are none or one of 255 levels bright."""
+    if brightest <= 1:
         raise ValueError(
-            f"{path}: {array.path}: got {array.nchunks_initialized} of {array.nchunks} chunks, allowed: all"
-            " (a truncated copy? To store a chunk of zeros, zarr needs write_empty_chunks)"
+            f"{name}: got images as {array.dtype} with nothing above 1, allowed: uint8, or numbers from 0 to 255;"
+            " of images from 0 to 1: (255 * images).round().astype('uint8')"
         )
-    if array.shape[0] == 0:
-        raise ValueError(f"{path}: {array.path}: got 0 frames, allowed: at least 1")
+
+
+def _block_frames(array):
+    """Frames to decode at once, in whole chunks."""
     frame_bytes = int(np.prod(array.shape[1:])) * array.dtype.itemsize
     step = max(BLOCK_BYTES // max(frame_bytes, 1), 1)
-    step = max(step // array.chunks[0], 1) * array.chunks[0]
-    return range(0, array.shape[0], step), step
+    return max(step // array.chunks[0], 1) * array.chunks[0]
 
 
-def _decode_all(array, decode, columns, path, create=np.empty):
-    """The decoded array, with a progress bar where it takes long; a thread a core decodes and checks the blocks."""
-    starts, step = _block_starts(array, path)
-    own = threading.local()
+def _check_memory(array, step, path, held):
+    """Refuse what memory cannot hold: ``held`` bytes of the result, and the blocks of the threads while they decode."""
+    block = math.prod((min(step, array.shape[0]), *array.shape[1:]))
+    chunk = math.prod(array.shards or array.chunks)
+    needed, free = held + (os.cpu_count() or 1) * (block + chunk) * array.dtype.itemsize, free_memory()
+    if needed > free:
+        cure = "; storage=mmap holds only what is read" if held else ""
+        raise ValueError(
+            f"{path}: {array.path}: got {needed / 1e9:,.1f} GB to hold in memory, allowed: {free / 1e9:,.1f} GB, which"
+            f" are free{cure}"
+        )
+
+
+def _decode_all(array, decode, columns, path, create=None):
+    """The decoded array, with a progress bar where it takes long; a thread a core decodes and checks the blocks.
+
+    create: (shape, dtype) to what the frames are assigned to, an array in memory by default.
+    """
+    name, own, brightest = f"{path}: {array.path}", threading.local(), []
+    frames, step = array.shape[0], _block_frames(array)
+    _check_memory(array, step, path, 0 if create else _decoded_bytes(array, decode, columns))
 
     def block(start):
         if not hasattr(own, "memory"):  # fresh memory for every block would take longer to clear than to fill
-            own.memory = np.empty((step, *array.shape[1:]), array.dtype)
-        values = own.memory[: array.shape[0] - start]
-        into = NDBuffer.from_numpy_array(values)
-        _read_checked(array, path, slice(start, start + len(values)), out=into)
+            own.memory = np.empty((min(step, frames), *array.shape[1:]), array.dtype)
+        values = own.memory[: frames - start]
+        read_array(array, path, slice(start, start + len(values)), out=NDBuffer.from_numpy_array(values))
         values = values if columns is None else values[..., list(columns)]
-        return decode(values, f"{path}: {array.path}", start)
+        decoded = decode(values, name, start)
+        if decode is _decode_image and array.dtype != np.uint8:
+            brightest.append(decoded.max())
+        return decoded
 
     def fill(start):
         out[start : start + step] = block(start)
 
     first = block(0)
-    out = create((array.shape[0], *first.shape[1:]), first.dtype)
-    out[:step] = first
-    bar = {"desc": f"reading {array.path}", "unit": "block", "disable": len(starts) < 8, "leave": False}
+    out = (create or np.empty)((frames, *first.shape[1:]), first.dtype)
+    out[0:step] = first
+    starts = range(step, frames, step)
+    bar = {"desc": f"reading {array.path}", "unit": "block", "disable": len(starts) < 7, "leave": False}
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        for _ in tqdm(threads.map(fill, starts[1:]), total=len(starts) - 1, dynamic_ncols=True, **bar):
+        for _ in tqdm(threads.map(fill, starts), total=len(starts), dynamic_ncols=True, **bar):
             pass
+    if brightest:
+        _check_range(max(brightest), array, name)
     return out
+
+
+def _decoded_bytes(array, decode, columns):
+    shape = array.shape if columns is None else (*array.shape[:-1], len(columns))
+    return math.prod(shape) * (1 if decode is _decode_image else 4)
 
 
 def _memory_map(array, decode, columns, path, cache_dir):
     """A read-only memory map of the decoded array; decoded again when a file of the source was modified since."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted((path / array.path).rglob("*"))
+    names = [*chunk_keys(array), *(f"{array.path}/{name}" for name in METADATA)]
+    files = [path] if path.is_file() else [file for name in names if (file := path / name).exists()]
     stamps = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     identity = digest(f"{path.resolve()} {array.path} {decode.__name__} {columns} {stamps}")
     target = Path(cache_dir) / f"{identity[:16]}.npy"
-    if not target.exists():
-        with whole(target, shared=True) as place:
-
-            def create(shape, dtype):
-                return np.lib.format.open_memmap(place, mode="w+", shape=shape, dtype=dtype)
-
-            _decode_all(array, decode, columns, path, create).flush()
-    return np.load(target, mmap_mode="r")
+    return cached_map(target, f"{path}: {array.path}", lambda create: _decode_all(array, decode, columns, path, create))

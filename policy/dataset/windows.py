@@ -84,7 +84,7 @@ class WindowDataset:
     """Windows of a replay buffer as batches of arrays, of tensors where the buffer's are.
 
     obs_keys: keys of ``buffer.arrays`` that the policy observes; only the first ``obs_steps`` frames of a window are
-    ever read for them.
+    ever read for them. Episodes of fewer than ``shortest`` frames have no window; their numbers are ``unused``.
     """
 
     def __init__(self, buffer, *, obs_keys, horizon, obs_steps, pad_after, episodes=None):
@@ -93,6 +93,7 @@ class WindowDataset:
         self.buffer = buffer
         self.obs_keys = list(obs_keys)
         self.obs_steps, self.horizon, self.pad_after = obs_steps, horizon, pad_after
+        self.shortest = max(horizon - (obs_steps - 1) - pad_after, 1)
         self.use_episodes(np.arange(buffer.num_episodes) if episodes is None else episodes)
 
     def use_episodes(self, episodes):
@@ -105,6 +106,8 @@ class WindowDataset:
             pad_after=self.pad_after,
             episodes=self.episodes,
         )
+        lengths = np.diff(self.buffer.episode_ends, prepend=0)
+        self.unused = self.episodes[lengths[self.episodes] < self.shortest]
 
     def __len__(self):
         return len(self.windows)

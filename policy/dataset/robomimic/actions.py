@@ -41,13 +41,16 @@ def read_controllers(env_args, arms, where):
 
     Raises ValueError for anything but OSC_POSE with fixed gains.
     """
-    kwargs = env_args.get("env_kwargs", {})
-    configs = kwargs.get("controller_configs")
+    kwargs = env_args.get("env_kwargs")
+    configs = kwargs.get("controller_configs") if isinstance(kwargs, dict) else None
     configs = configs if isinstance(configs, list) else [configs] * arms
     if len(configs) != arms or not all(isinstance(config, dict) for config in configs):
         raise ValueError(f"{where}: got controller_configs {configs}, allowed: one description, or one an arm")
     version = [int(n) for n in re.findall(r"\d+", str(env_args.get("env_version", "")))[:2]]
-    return [_read_controller(config, version >= [1, 5], where) for config in configs]
+    try:
+        return [_read_controller(config, version >= [1, 5], where) for config in configs]
+    except (AttributeError, TypeError) as error:  # words or lists where a description belongs
+        raise ValueError(f"{where}: got controller_configs {configs}, allowed: a description ({error})") from error
 
 
 def _read_controller(config, is_new, where):
@@ -77,9 +80,12 @@ def _read_controller(config, is_new, where):
     defaults["output_max"] = [0.05] * 3 + [0.5] * 3
     ranges = {}
     for name, default in defaults.items():
-        values = np.asarray(arm.get(name, default), dtype=np.float64)
-        if values.shape not in ((), (6,)):
-            raise ValueError(f"{where}: {name}: got shape {values.shape}, allowed: one number or 6")
+        try:
+            values = np.asarray(arm.get(name, default), dtype=np.float64)
+        except ValueError:  # words, or lists of several lengths
+            values = np.array([np.nan])
+        if values.shape not in ((), (6,)) or not np.isfinite(values).all():
+            raise ValueError(f"{where}: {name}: got {arm.get(name)}, allowed: one number or 6")
         ranges[name] = np.broadcast_to(values, 6)
     return Controller(absolute=kind == "absolute", frame=frame, keeps_rotation=not is_new, **ranges)
 

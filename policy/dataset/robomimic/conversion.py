@@ -13,10 +13,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import zarr
-from numcodecs import Blosc
+from numcodecs import CRC32, Blosc
 from tqdm import tqdm
 
-from policy.dataset.robomimic.actions import absolute_actions, num_arms, read_controllers
+from policy.dataset.robomimic.actions import RECORDED, absolute_actions, num_arms, read_controllers
 from policy.dataset.robomimic.layout import finite, read_layout, reading
 from policy.files import digest, locked, write_whole
 from policy.registry import choose
@@ -24,24 +24,26 @@ from policy.registry import choose
 ACTIONS = ("absolute", "recorded")
 CHUNK = 64  # frames of images compressed together
 LOW_DIM_CHUNK = 4096
-# Rendered pictures shrink to 27 % at 220 MB/s; lz4 of the same speed class leaves 50 %, shuffling more.
-COMPRESSOR = Blosc(cname="zstd", clevel=3, shuffle=Blosc.NOSHUFFLE)
+# Rendered pictures shrink to 27 % at 220 MB/s; lz4 of the same speed class leaves 50 %, shuffling more. The checksum is
+# of what is stored, and compared whenever a chunk is read.
+CODECS = {"filters": [Blosc(cname="zstd", clevel=3, shuffle=Blosc.NOSHUFFLE)], "compressors": CRC32()}
 BLOCK_BYTES = 32 << 20  # of images between two notes of the progress
-PARTIAL = {"zarr", "progress.json", "progress.json.partial", "lock"}  # what OUT.partial holds
+PARTIAL = re.compile(r"zarr|lock|progress\.json(\.partial.*)?")  # what OUT.partial holds
 
 
-def convert(source, output, *, actions="absolute"):
+def convert(source, output, *, actions="absolute", filter_key=None):
     """Convert the HDF5 ``source`` to the zarr (format 2) ``output``; returns its path.
 
     data/<key> for every key of obs, data/action, (F, 10 an arm) float32 when absolute, data/state where there are
-    states, meta/episode_ends (E,). The attribute filter_keys holds episode numbers of the zarr.
+    states, meta/episode_ends (E,). The attribute filter_keys holds episode numbers of the zarr. filter_key: only the
+    demos that this list of robomimic's mask names.
 
     Raises FileNotFoundError or ValueError for a bad ``source``, ValueError for an ``output`` made from something else
     and OSError where it cannot be written; what was written then stays in OUTPUT.partial, to go on from.
     """
     source, output = Path(source), Path(output)
     _check_arguments(source, output, actions)
-    return _convert(source, output, actions, digest(source))
+    return _convert(source, output, {"sha256": digest(source), "actions": actions, "filter_key": filter_key})
 
 
 def ensure_zarr(source, cache_dir, *, actions="absolute"):
@@ -53,7 +55,8 @@ def ensure_zarr(source, cache_dir, *, actions="absolute"):
     _check_arguments(source, cache_dir, actions)
     content = digest(source)
     target = cache_dir / f"{source.stem}_{actions}_{content[:12]}.zarr"
-    return target if target.exists() else _convert(source, target, actions, content)
+    identity = {"sha256": content, "actions": actions, "filter_key": None}
+    return target if target.exists() else _convert(source, target, identity)
 
 
 def _check_arguments(source, output, actions):
@@ -64,13 +67,12 @@ def _check_arguments(source, output, actions):
         raise ValueError(f"output: got {output}, allowed: a folder, OUT.zarr")
 
 
-def _convert(source, output, actions, content):
-    identity = {"sha256": content, "actions": actions}
+def _convert(source, output, identity):
     if output.exists():
         return _check_present(output, identity)
     partial = output.with_name(f"{output.name}.partial")
     with reading(source), h5py.File(source, "r") as file:
-        layout = read_layout(file, source)
+        layout = read_layout(file, source, identity["filter_key"])
     try:
         with locked(partial):
             if output.exists():  # another process was faster
@@ -94,7 +96,8 @@ def _check_present(output, identity):
         attrs = dict(zarr.open_group(str(output), mode="r").attrs)
     except Exception:  # zarr and json each have their own ways to fail on something else
         attrs = {}
-    present = {"sha256": attrs.get("source", {}).get("sha256"), "actions": attrs.get("actions")}
+    present = {key: attrs.get(key) for key in ("actions", "filter_key")}
+    present["sha256"] = attrs.get("source", {}).get("sha256")
     if present != identity or attrs.get("complete") is not True:
         raise ValueError(
             f"output: got {output}, which was not made from this file with these options, allowed: a new name"
@@ -104,7 +107,7 @@ def _check_present(output, identity):
 
 def _check_own(partial):
     """Refuse to remove or write into a folder that is not ours."""
-    foreign = sorted(set(os.listdir(partial)) - PARTIAL)
+    foreign = sorted(name for name in os.listdir(partial) if not PARTIAL.fullmatch(name))
     if foreign:
         raise ValueError(f"{partial}: got {foreign[0]} in it, allowed: what an interrupted conversion left")
 
@@ -136,6 +139,7 @@ def _write(source, layout, partial, identity):
             "env_args": layout.env_args,
             "source": {"name": source.name, "bytes": source.stat().st_size, "sha256": identity["sha256"]},
             "actions": identity["actions"],
+            "filter_key": identity["filter_key"],
             "filter_keys": layout.filter_keys,
             "complete": True,
         }
@@ -148,7 +152,7 @@ def _create(root, name, shape, dtype, chunk):
         shape=shape,
         dtype=dtype,
         chunks=(min(chunk, shape[0]), *shape[1:]),
-        compressors=COMPRESSOR,
+        **CODECS,
     )
 
 
@@ -169,6 +173,8 @@ def _actions(file, layout, path, kind):
     """The actions (T, Da) of every demo."""
     if kind == "recorded":
         return [finite(file, demo, "actions", path) for demo in layout.demos]
+    if layout.env_args is None:
+        raise ValueError(f"{path}: data: got no attribute env_args, allowed: robomimic's; {RECORDED}")
     arms = num_arms(layout.datasets["actions"][0][0], f"{path}: actions")
     if layout.datasets.get("actions_abs", layout.datasets["actions"]) != layout.datasets["actions"]:
         raise ValueError(f"{path}: actions_abs: got another shape than actions, allowed: 7 numbers an arm")

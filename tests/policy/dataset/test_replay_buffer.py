@@ -77,6 +77,52 @@ def test_float_pixels_are_rounded_to_uint8_and_uint8_ones_stay(tmp_path):
     np.testing.assert_array_equal(image, arrays["data/img"], strict=True)
 
 
+IN_UNIT_RANGE = {  # images from 0 to 1, of whichever type, would be black or one of 255 levels bright
+    "float": np.linspace(0, 1, FRAMES * 144),
+    "overshooting": np.linspace(0, 1.04, FRAMES * 144),
+    "bool": np.arange(FRAMES * 144) % 2 == 1,
+    "integer": np.arange(FRAMES * 144) % 2,
+}
+
+
+@pytest.mark.parametrize("storage", ["ram", "mmap"])
+@pytest.mark.parametrize("values", IN_UNIT_RANGE.values(), ids=IN_UNIT_RANGE)
+def test_images_from_0_to_1_are_refused(tmp_path, monkeypatch, values, storage):
+    monkeypatch.setattr(replay_buffer, "BLOCK_BYTES", 1)
+    images = values.reshape(FRAMES, 8, 6, 3)
+    path = write(tmp_path / "demos.zarr", {**recorded(), "data/img": images})
+    with pytest.raises(ValueError, match=rf"data/img: got images as {images.dtype}.*uint8"):
+        ReplayBuffer.open(path, SOURCES, storage=storage, cache_dir=tmp_path / "cache")
+
+
+def test_dark_images_are_read(tmp_path):
+    """uint8 whatever they show; of other types where one pixel of all frames tells their range."""
+    black = np.zeros((FRAMES, 8, 6, 3), np.uint8)
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        image = ReplayBuffer.open(write(tmp_path / "u1.zarr", {**recorded(), "data/img": black}), SOURCES)
+        dark = black.astype(np.float32)
+        dark[25, 0, 0, 0] = 2
+        assert not image.arrays["image"].any()
+        image = ReplayBuffer.open(write(tmp_path / "f4.zarr", {**recorded(), "data/img": dark}), SOURCES)
+        np.testing.assert_array_equal(image.arrays["image"], dark.astype(np.uint8), strict=True)
+
+
+@pytest.mark.parametrize("ends", [[7.0, 12, 30], np.array([7, 12, 30], "u1")])
+def test_whole_episode_ends_of_any_type_are_read(tmp_path, ends):
+    path = write(tmp_path / "demos.zarr", {**recorded(), "meta/episode_ends": np.asarray(ends)})
+    assert_recorded(ReplayBuffer.open(path, SOURCES))
+
+
+@pytest.mark.parametrize("ends", [[7.5, 12, 30], [7, 12, 30.25], [7, np.nan, 30], [7, np.inf], [-1.0, 30]])
+def test_episode_ends_that_are_no_whole_numbers_are_refused(tmp_path, ends):
+    arrays = {name: values for name, values in recorded().items() if name.startswith("data")}
+    path = write(tmp_path / "demos.zarr", {**arrays, "meta/episode_ends": np.asarray(ends, np.float64)})
+    with pytest.raises(ValueError, match="episode_ends"):
+        ReplayBuffer.open(path, SOURCES)
+    with pytest.raises(ValueError, match="episode_ends"):
+        ReplayBuffer({"action": np.zeros((30, 2))}, ends)
+
+
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("name", ["demos.zarr", "demos.zarr.zip"])
 def test_a_memory_map_is_decoded_again_only_when_the_source_changed(tmp_path, monkeypatch, zarr_format, name):
@@ -149,6 +195,9 @@ DEFECTS = {  # name: (change, what the error names)
     "pixels not finite": (_set("data/img", (0, 0, 0, 0), np.nan), "data/img"),
     "NaN": (_set("data/action", (23, 1), np.nan), "data/action.* frame 23"),
     "inf": (_set("data/state", (8, 0), -np.inf), "data/state.* frame 8"),
+    "beyond float32": (_set("data/action", (23, 1), 1e39), "data/action.* frame 23"),
+    "ends of bool": (_replace("meta/episode_ends", np.array([True])), "episode_ends"),
+    "no frame axis": (_replace("data/action", np.array(1.0)), "data/action"),
     "no episode_ends": (_remove("meta"), "got no meta/episode_ends"),
     "missing key": (_remove("data/state"), "got no data/state for 'agent_pos', allowed: action, img$"),
     "no data": (_remove("data"), "got no data/img for 'image'"),
