@@ -48,12 +48,12 @@ class Normalizer(nn.Module):
         moves = moves.reshape(-1, data.shape[-1]).any(dim=0)
         self._still[key] = (scaled & ~moves).nonzero().flatten().tolist()
 
-    def check(self, tensors, prefix=""):
-        """Raise ValueError, by name, for a scale among ``tensors`` {prefix + name: tensor} that no data have."""
-        for name in (f"{prefix}{name}" for name, _ in self.named_buffers() if name.endswith("_scale")):
-            scale = tensors[name].float()
+    def check(self, tensors, name):
+        """Raise ValueError that begins with ``name`` for a scale among ``tensors``, a state_dict, that no data have."""
+        for key in (key for key in self.state_dict() if key.endswith("_scale")):
+            scale = tensors[key].float()
             if not ((scale > 0) & scale.reciprocal().isfinite()).all():
-                raise ValueError(f"{name}: got a scale that is not above 0, allowed: those of a fitted normaliser")
+                raise ValueError(f"{name}{key}: got a scale that is not above 0, allowed: those of a fitted normaliser")
 
     def normalize(self, key, x):
         """x (..., *shape) raw units -> [-1, 1]."""

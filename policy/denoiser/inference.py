@@ -11,7 +11,7 @@ from torch import nn
 
 from policy.denoiser.loop import DenoisingLoop
 from policy.denoiser.samplers import PREDICTIONS, sampling_steps
-from policy.registry import choose
+from policy.registry import at_least, choose
 
 WARM_START = 0.5  # share of the sampling steps that refine the rest of the previous chunk
 
@@ -28,11 +28,11 @@ class ChunkSampler(nn.Module):
         super().__init__()
         if not 1 <= obs_steps <= horizon:
             raise ValueError(f"obs_steps: got {obs_steps}, allowed: 1 to the horizon {horizon}")
-        choose("prediction_type", noise["prediction_type"], PREDICTIONS)
+        choose("noise.prediction_type", noise.get("prediction_type"), PREDICTIONS)
         self.encoder, self.denoiser = encoder, denoiser
         self.horizon, self.obs_steps, self.action_dim = horizon, obs_steps, action_dim
         self.relative_to = relative_to
-        self.noise_scheduler = DDPMScheduler(**noise)
+        self.noise_scheduler = _noise_scheduler(noise)
         self.loop = DenoisingLoop(clip=self.noise_scheduler.config.clip_sample)
         self.precision = "fp32"
         self._step_lists = {}  # of the samplers asked for so far
@@ -167,6 +167,20 @@ class ChunkSampler(nn.Module):
             stacked = {key: torch.stack([seen[key] for seen in self._observed])[None] for key in obs}
             self._planned.extend(self.act(stacked, **options)[0])
         return self._planned.popleft()
+
+
+def _noise_scheduler(noise):
+    """diffusers' ``DDPMScheduler`` with the options ``noise``; ValueError where these give no falling signal."""
+    at_least(1, **{"noise.num_train_timesteps": noise.get("num_train_timesteps", 1000)})
+    try:
+        with torch.device("cpu"):  # whatever the default is, as where a model is built without memory
+            scheduler = DDPMScheduler(**noise)
+    except (TypeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"noise: got {noise}, allowed: options of diffusers' DDPMScheduler ({error})") from error
+    levels = scheduler.alphas_cumprod
+    if not ((levels > 0) & (levels < 1)).all() or not (levels.diff() < 0).all():
+        raise ValueError(f"noise: got {noise}, allowed: betas above 0 and below 1")
+    return scheduler
 
 
 def _skipped(count, warm_start):

@@ -153,6 +153,7 @@ def diffusers_scheduler(name, noise_config):
 NOISE_OPTIONS = {  # of diffusers' schedulers, with the only value that the tables are for
     "variance_type": "fixed_small",
     "timestep_spacing": "leading",
+    "steps_offset": 0,
     "thresholding": False,
     "clip_sample_range": 1.0,
     "rescale_betas_zero_snr": False,

@@ -16,8 +16,9 @@ def adapt_weights(encoder, tensors):
     tensors, notes, own = dict(tensors), [], encoder.state_dict()
     if _differ(POSITIONS, own, tensors, axes=(0, 2)):
         prefix = 0 if encoder.vit.no_embed_class else encoder.prefix_tokens
-        side = math.isqrt(tensors[POSITIONS].shape[1] - prefix)
-        if side * side != tensors[POSITIONS].shape[1] - prefix:
+        patches = tensors[POSITIONS].shape[1] - prefix
+        side = math.isqrt(max(patches, 0))
+        if side * side != patches or side == 0:
             return tensors, notes
         tensors[POSITIONS] = resample_abs_pos_embed(
             tensors[POSITIONS], new_size=list(encoder.grid), old_size=[side, side], num_prefix_tokens=prefix
@@ -34,6 +35,6 @@ def _differ(key, own, tensors, *, axes):
     """Whether ``key`` is in both with other shapes that agree along ``axes``."""
     if key not in own or key not in tensors or own[key].shape == tensors[key].shape:
         return False
-    if own[key].ndim != tensors[key].ndim:
+    if own[key].ndim != tensors[key].ndim or tensors[key].numel() == 0:
         return False
     return all(own[key].shape[axis] == tensors[key].shape[axis] for axis in axes)

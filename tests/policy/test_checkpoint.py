@@ -1,5 +1,7 @@
 """Checkpoints survive kills, full disks and foreign files; loading executes nothing."""
 
+import copy
+import functools
 import itertools
 import json
 import os
@@ -25,6 +27,7 @@ from policy.checkpoint import (
     FORMAT,
     find_checkpoint,
     load_checkpoint,
+    load_encoder_weights,
     load_model,
     load_weights,
     save_checkpoint,
@@ -85,7 +88,7 @@ def test_the_header_is_plain_json(tmp_path):
     save_checkpoint(tmp_path / "x", tensors(), config=CONFIG, state=STATE)
     with safe_open(tmp_path / "x", framework="np") as file:
         metadata = file.metadata()
-    assert metadata["format"] == FORMAT and set(metadata) == {"format", "config", "state"}
+    assert metadata["format"] == FORMAT and set(json.loads(metadata["digests"])) == set(tensors())
     assert json.loads(metadata["config"]) == CONFIG and json.loads(metadata["state"]) == STATE
 
 
@@ -137,24 +140,200 @@ def test_truncated_files(tmp_path):
     assert load_policy(path)
 
 
-def test_damaged_header(tmp_path):
-    """A flipped byte of the header is an error or leaves a file that reads; nothing else may come out."""
-    path = tmp_path / "x.safetensors"
-    save_checkpoint(path, tensors(), config=CONFIG, state=STATE)
+def load_training(path):
+    """All tensors, as resuming reads them."""
+    return load_checkpoint(path)
+
+
+def load_averages(path):
+    """The averaged weights alone."""
+    return load_checkpoint(path, prefix="ema.")
+
+
+@pytest.mark.parametrize("load", [load_training, load_averages, load_policy, load_encoder])
+def test_a_flipped_bit_is_refused_wherever_it_is(tmp_path, load):
+    """In the length, the header or the body of what is read: one line that names the file."""
+    path, model = policy_checkpoint(tmp_path / "x.safetensors", images=True)
+    if load is load_training:
+        tensors, config, _ = load_checkpoint(path)
+        weights = model.state_dict()
+        others = {f"{part}.{name}": w.float() for part in ("model", "optimizer.exp_avg") for name, w in weights.items()}
+        save_checkpoint(path, tensors | others, config=config, state=STATE)
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     rng = random.Random(0)
-    refused = 0
-    for _ in range(300):
+    places = [*range(8), *(rng.randrange(8, header) for _ in range(100)), header - 1]
+    places += [header, *(rng.randrange(header, len(whole)) for _ in range(60)), len(whole) - 1]
+    for place in places:
         damaged = bytearray(whole)
-        damaged[rng.randrange(header)] ^= 1 << rng.randrange(8)
+        damaged[place] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="x.safetensors: got") as refusal:
+            load(path)
+        assert "\n" not in str(refusal.value)
+    path.write_bytes(whole)
+    assert load(path)
+
+
+def test_what_is_not_read_is_not_compared(tmp_path):
+    """Averaged weights load where only the moments of the optimizer are damaged; resuming refuses these, by name."""
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, tensors() | {"optimizer.z": torch.arange(1000.0)}, config=CONFIG, state=STATE)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(1000.0).numpy().tobytes()) + 2000] ^= 4
+    path.write_bytes(content)
+    assert torch.equal(load_averages(path)[0]["weight"], tensors()["ema.weight"])
+    with pytest.raises(ValueError, match="'optimizer.z'"):
+        load_training(path)
+
+
+def edit_header(path, change):
+    """Call ``change`` with the header (a dict), and write what it returns: None, or the bytes that take its place."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    text = change(header)
+    text = json.dumps(header).encode() if text is None else text
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def set_metadata(key, value):
+    return lambda header: header["__metadata__"].update({key: value})
+
+
+def rename(old, new):
+    return lambda header: header.update({new: header.pop(old)})
+
+
+def exchange(header):
+    header["ema.a"], header["ema.b"] = header["ema.b"], header["ema.a"]
+
+
+def twice(header):
+    entry = json.dumps({"ema.c": header["ema.a"]})[1:]
+    return json.dumps(header).encode()[:-1] + b", " + entry.encode()
+
+
+LIES = {
+    "another configuration": set_metadata("config", '{"seed": 4}'),
+    "another step": set_metadata("state", '{"step": 13}'),
+    "another digest": set_metadata("digest", "0" * 64),
+    "other digests": set_metadata("digests", "{}"),
+    "no digest": lambda header: header["__metadata__"].pop("digest") and None,
+    "more texts": set_metadata("more", "text"),
+    "exchanged tensors": exchange,
+    "another name": rename("ema.a", "ema.d"),
+    "another part": rename("ema.a", "model.a"),
+    "another type": lambda header: header["ema.a"].update(dtype="I32"),
+    "another shape": lambda header: header["ema.a"].update(shape=[3, 2]),
+    "a huge shape": lambda header: header["ema.a"].update(shape=[2**40, 2**40]),
+    "beyond the end": lambda header: header["ema.a"].update(data_offsets=[0, 2**40]),
+    "a tensor twice": twice,
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_headers_that_lie(tmp_path, lie):
+    path = tmp_path / "x.safetensors"
+    weights = {"ema.a": torch.rand(2, 3), "ema.b": torch.rand(2, 3), "model.c": torch.rand(5)}
+    save_checkpoint(path, weights, config=CONFIG, state=STATE)
+    edit_header(path, lambda header: None)
+    assert load_checkpoint(path)[1] == CONFIG  # written by another program
+    edit_header(path, lie)
+    with pytest.raises(ValueError, match="x.safetensors: got"):
+        load_checkpoint(path)
+
+
+def test_checkpoints_from_before_there_were_digests_load_with_a_note(tmp_path, capsys):
+    """And no text of a newer one can be dropped to look like them."""
+    path, model = policy_checkpoint(tmp_path / "x.safetensors")
+
+    def to_older(header):
+        for key in ("digests", "digest"):
+            del header["__metadata__"][key]
+
+    load_policy(path)
+    assert capsys.readouterr().err == ""
+    edit_header(path, to_older)
+    loaded = load_policy(path)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "x.safetensors" in line and "digests" in line
+
+
+# Contents that are no configuration or state -------------------------------------------------------------------------
+
+DEEP = "[" * 100_000 + "]" * 100_000
+JSON = {  # text: of the configuration, of the state
+    "null": ("null", "null"),
+    "a number": ("3", "3"),
+    "a list": ("[]", "[1]"),
+    "text": ('"x"', '"x"'),
+    "deep": (DEEP, DEEP),
+    "quite deep": ('{"a":' + "[" * 80 + "]" * 80 + "}",) * 2,
+    "a huge integer": ('{"step": 1' + "0" * 30 + "}",) * 2,
+    "an endless integer": ('{"step": ' + "9" * 10_000 + "}",) * 2,
+    "NaN": ('{"step": NaN}',) * 2,
+    "infinity": ('{"step": 1, "a": [Infinity]}', '{"step": Infinity}'),
+    "a key twice": ('{"step": 1, "step": 1}',) * 2,
+    "sections": ('{"model": []}', "{}"),
+    "no step": ('{"task": "pusht"}', '{"steps": 3}'),
+    "a step that is none": ('{"rollout": null}', '{"step": -1}'),
+    "text as step": ('{"encoder": 3}', '{"step": "3"}'),
+    "half a step": ('{"attention": "softmax"}', '{"step": 1.5}'),
+}
+
+
+@pytest.mark.parametrize("part", ["config", "state"])
+@pytest.mark.parametrize("case", JSON)
+def test_texts_of_the_right_form_and_wrong_content(tmp_path, case, part):
+    """With right digests, as a program would write them."""
+    path, texts = tmp_path / "x.safetensors", {"config": json.dumps(CONFIG), "state": json.dumps(STATE)}
+    texts[part] = JSON[case][part == "state"]
+    save_file(WEIGHTS, path, metadata={"format": FORMAT, **texts})
+    for load in (load_checkpoint, load_policy, load_encoder):
+        with pytest.raises(ValueError, match="x.safetensors: got") as refusal:
+            load(path)
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+def test_a_state_may_hold_what_a_run_measured(tmp_path):
+    save_checkpoint(tmp_path / "x", WEIGHTS, config=CONFIG, state={"step": 3, "score": float("nan")})
+    assert np.isnan(load_checkpoint(tmp_path / "x")[2]["score"])
+    with pytest.raises(ValueError):  # but a configuration that could not be read again is not written
+        save_checkpoint(tmp_path / "y", WEIGHTS, config={"lr": float("nan")}, state={"step": 3})
+    assert not (tmp_path / "y").exists()
+
+
+WRONG = (None, -1, 0, 10**9, 2.5, "text", [], {}, "module:X", [[1]], True)
+
+
+@pytest.mark.parametrize("key", ["model", "encoder", "attention", "crop", "task"])
+def test_configurations_of_no_model_are_refused_in_one_line(tmp_path, key):
+    """Values of the section that are wrong, some of all; nothing is imported and nothing hangs."""
+    path, model = policy_checkpoint(tmp_path / "x.safetensors", images=True)
+    config = load_checkpoint(path)[1]
+    weights = {f"ema.{name}": tensor for name, tensor in model.state_dict().items()}
+
+    def places(section, above=()):
+        for name in section if isinstance(section, dict) else range(len(section)):
+            yield (*above, name)
+            if isinstance(section[name], dict | list):
+                yield from places(section[name], (*above, name))
+
+    cases = list(itertools.product(places({key: config[key]}), WRONG))
+    cases, refused = random.Random(0).sample(cases, min(len(cases), 40)), 0
+    for (*above, name), wrong in cases:
+        changed = copy.deepcopy(config)
+        section = functools.reduce(lambda inner, part: inner[part], above, changed)
+        section[name] = wrong
+        save_checkpoint(path, weights, config=changed, state=STATE)
         try:
-            load_checkpoint(path)
+            load_policy(path)
         except ValueError as error:
+            assert "\n" not in str(error) and "x.safetensors" in str(error)
             refused += 1
-            assert "x.safetensors: got" in str(error)
-    assert refused > 100
+    assert refused > len(cases) / 3
 
 
 def test_wrong_shapes_and_keys_are_listed():
@@ -168,6 +347,130 @@ def test_wrong_shapes_and_keys_are_listed():
     with pytest.raises(ValueError, match="1.bias.*2.weight"):
         load_weights(own, other, "enc")
     assert all(torch.equal(before[name], tensor) for name, tensor in own.state_dict().items())
+
+
+def with_nan(tensor):
+    tensor[(-1,) * tensor.ndim] = float("nan")
+    return tensor
+
+
+def with_inf(tensor):
+    tensor[(0,) * tensor.ndim] = -float("inf")
+    return tensor
+
+
+VALUES = {  # name of a tensor, how it is damaged, what the line names beside it
+    "NaN": ("denoiser.out.1.weight", with_nan, "NaN"),
+    "inf": ("denoiser.out.1.bias", with_inf, "NaN or inf"),
+    "NaN in the encoder": ("encoder.encoders.image.vit.norm.weight", with_nan, "NaN"),
+    "too large for float32": ("denoiser.out.1.bias", lambda t: t.double() + 1e300, "inf"),
+    "integers": ("denoiser.out.1.weight", lambda t: t.long(), "int64, allowed: torch.float32"),
+    "bytes": ("encoder.encoders.image.vit.norm.weight", lambda t: t.byte(), "uint8"),
+    "bool": ("denoiser.out.1.bias", lambda t: t > 0, "bool"),
+    "complex": ("denoiser.out.1.bias", lambda t: t.to(torch.complex64), "complex"),
+    "scale of 0": ("encoder.normalizer.action_scale", torch.zeros_like, "scale"),
+    "a scale below 0": ("encoder.normalizer.agent_pos_scale", torch.neg, "scale"),
+    "a scale of almost 0": ("encoder.normalizer.action_scale", lambda t: t * 1e-40, "scale"),
+    "NaN as scale": ("encoder.normalizer.action_scale", with_nan, "NaN"),
+    "inf as offset": ("encoder.normalizer.agent_pos_offset", with_inf, "inf"),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_weights_that_are_no_weights_are_refused_by_name(tmp_path, case):
+    """By a policy, and by resuming (``load_weights``); the model in training keeps its own."""
+    name, damage, text = VALUES[case]
+    config = tiny.policy_config(images=True)
+    model = build_model(config)
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    wrong = {**weights, name: damage(weights[name].clone())}
+    with pytest.raises(ValueError, match=f"run: {name}: got .*{text}|run.*{name}: got .*{text}"):
+        load_weights(model, wrong, "run")
+    assert all(torch.equal(weights[key], tensor) for key, tensor in model.state_dict().items())
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, {f"ema.{key}": tensor for key, tensor in wrong.items()}, config=config, state=STATE)
+    for load in (load_policy, load_encoder):
+        with pytest.raises(ValueError, match=f"x.safetensors: {name}: got .*{text}"):
+            load(path)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_width_become_those_of_the_model(kind):
+    model, other = nn.Linear(3, 4), nn.Linear(3, 4)
+    weights = {name: tensor.to(kind) for name, tensor in other.state_dict().items()}
+    load_weights(model, weights, "x")
+    assert model.weight.dtype == torch.float32 and torch.equal(model.weight, weights["weight"].float())
+
+
+@pytest.mark.parametrize(
+    "damage", [with_nan, torch.Tensor.long, lambda tensor: tensor[:, :0]], ids=["NaN", "int", "none"]
+)
+@pytest.mark.parametrize("key", ["vit.pos_embed", "vit.patch_embed.proj.weight", "vit.norm.weight"])
+def test_encoder_weights_are_looked_at_before_they_are_adapted(damage, key):
+    """Of an encoder with another grid and patch size."""
+    config = tiny.policy_config(images=True)
+    source = build_model(config).encoder.encoders["image"].state_dict()
+    config["encoder"] |= {"patch_size": 2}
+    encoder = build_model(config).encoder.encoders["image"]
+    load_encoder_weights(encoder, source, "start")
+    wrong = {**source, key: damage(source[key][None].clone())[0]}
+    with pytest.raises(ValueError, match="start.*" + key):
+        load_encoder_weights(encoder, wrong, "start")
+
+
+# Bounds --------------------------------------------------------------------------------------------------------------
+
+SIZES = {  # (section, keys..., value), what the line names
+    "depth": ("encoder", "depth", 10**6, "depth"),
+    "width": ("encoder", "dim", 10**6, "GB"),
+    "widths": ("model", "denoiser", "widths", [8, 800_000], "GB"),
+    "many widths": ("model", "denoiser", "widths", [8] * 100_000, "widths"),
+    "timesteps": ("model", "noise", "num_train_timesteps", 10**9, "num_train_timesteps"),
+    "horizon": ("model", "horizon", 2**40, "horizon"),
+    "step_dim": ("model", "denoiser", "step_dim", 10**12, "step_dim"),
+    "mlp": ("encoder", "mlp_ratio", 1e12, "mlp_ratio"),
+    "image": ("task", "shape_meta", "obs", "image", "shape", [3, 10**7, 10**7], "shape"),
+    "action": ("task", "shape_meta", "action", "shape", [10**9], "shape"),
+    "no depth": ("encoder", "dim", -16, "model|dim"),
+    "no timesteps": ("model", "noise", "num_train_timesteps", -1, "noise"),
+    "infinite": ("encoder", "mlp_ratio", float("inf"), "mlp_ratio"),
+}
+
+
+def peak_memory():
+    """Bytes that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_that_no_model_has_are_refused_before_they_take_memory_or_minutes(tmp_path, size):
+    """From a configuration of the command line and from that of a checkpoint."""
+    *above, last, value, named = SIZES[size]
+    config = tiny.policy_config(images=True, crop=None)
+    path = tiny.save(tmp_path / "x.safetensors", build_model(config), config)
+    functools.reduce(lambda inner, part: inner[part], above, config)[last] = value
+    started, before = time.monotonic(), peak_memory()
+    with pytest.raises(ValueError, match=named):
+        build_model(config)
+    assert peak_memory() - before < 2e8 and time.monotonic() - started < 5
+    if size != "infinite":
+        tensors, _, state = load_checkpoint(path)
+        save_checkpoint(path, {f"ema.{name}": tensor for name, tensor in tensors.items()}, config=config, state=state)
+        with pytest.raises(ValueError, match=f"x.safetensors: .*({named})"):
+            load_policy(path)
+
+
+def test_a_configuration_of_another_size_than_its_weights_is_refused_before_it_is_built(tmp_path):
+    """A model of 4 GB, which this machine could hold."""
+    config = tiny.policy_config()
+    path = tmp_path / "x.safetensors"
+    weights = build_model(config).state_dict()
+    config["model"]["denoiser"]["widths"] = [16, 8192]
+    save_checkpoint(path, {f"ema.{name}": tensor for name, tensor in weights.items()}, config=config, state=STATE)
+    before = peak_memory()
+    with pytest.raises(ValueError, match="x.safetensors does not fit .*denoiser"):
+        load_policy(path)
+    assert peak_memory() - before < 2e8
 
 
 # Loading a model -------------------------------------------------------------------------------------------------
@@ -250,6 +553,26 @@ def test_weights_that_do_not_fit_their_own_configuration(tmp_path):
         load_model(tmp_path / "x")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "", 3.5, "cuda"])
+def test_devices_that_are_not_there(tmp_path, device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    path, _ = policy_checkpoint(tmp_path / "x.safetensors", images=True)
+    for load in (load_policy, load_model, load_encoder):
+        with pytest.raises(ValueError, match=f"device: got '{device}', allowed here: cpu"):
+            load(path, device=device)
+
+
+def test_a_language_model_has_no_encoder_of_images(tmp_path):
+    sizes = {"vocabulary": 9, "context": 8, "dim": 8, "depth": 1, "num_heads": 2}
+    config = {"model": {"name": "language", **sizes}, "attention": {"name": "softmax"}}
+    path = tiny.save(tmp_path / "x.safetensors", build_model(config), config)
+    assert load_model(path).context == 8
+    for load in (load_encoder, load_policy):
+        with pytest.raises(ValueError, match="x.safetensors: got a 'language' checkpoint"):
+            load(path)
+
+
 def test_loading_downloads_nothing(tmp_path, monkeypatch):
     """A policy that was trained from timm's ImageNet weights loads without asking timm for them again."""
     config = tiny.policy_config(images=True)
@@ -259,7 +582,7 @@ def test_loading_downloads_nothing(tmp_path, monkeypatch):
     asked, create = [], timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, pretrained, **k: asked.append(pretrained) or create(*a, **k))
     assert load_policy(tmp_path / "x").config["encoder"]["pretrained"] is True
-    assert asked == [False]
+    assert asked and not any(asked)
 
 
 def test_export(tmp_path, capsys):
@@ -331,7 +654,7 @@ def test_killed_while_saving(tmp_path):
         assert (loaded["x"] == state["step"]).all()
         step = state["step"]
         left = {file.name for file in tmp_path.iterdir()} - {path.name}
-        assert left <= {"last.safetensors.partial"}
+        assert all(name.startswith("last.safetensors.partial") for name in left)
         interrupted += bool(left)
     assert step > 0, "no save ever finished"
     assert interrupted > 0, "no save was ever interrupted"
