@@ -17,6 +17,7 @@ import pytest
 import timm
 import tiny
 import torch
+from paths import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -259,6 +260,12 @@ def test_checkpoints_from_before_there_were_digests_load_with_a_note(tmp_path, c
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     (line,) = capsys.readouterr().err.splitlines()
     assert "x.safetensors" in line and "digests" in line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_checkpoints_have_digests(path, capsys):
+    assert load_averages(path)[0]
+    assert capsys.readouterr().err == ""
 
 
 # Contents that are no configuration or state -------------------------------------------------------------------------
