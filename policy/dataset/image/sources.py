@@ -1,9 +1,9 @@
 """Labelled images by name or place: published sets, folders of classes, and zips of such folders, read in place."""
 
 import copy
-import io
 import os
-import zipfile
+import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,12 +12,15 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
+from policy.dataset.image.decode import decode_image
+from policy.dataset.image.trees import Folder, Zip, join
 from policy.files import digest
 from policy.registry import choose
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm")
 SPLITS = ("train", "test")
-HELD_OUT = ("test", "val", "valid", "validation")  # folders that may hold the test split, the first one counts
+# Names, in upper or lower case, of folders that may hold a split; of the test splits the first one counts.
+TRAINING, HELD_OUT = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+SHOWN = 5  # file names in a message that could list thousands
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 # Places of the published sets under ``root``, the first that exists counts, and where they come from.
 PUBLISHED = {
@@ -62,10 +65,10 @@ class ImageSource:
         if self.pixels is not None:
             return Image.fromarray(self.pixels[index])
         try:
-            with Image.open(io.BytesIO(self._read(os.fsdecode(self._members[index])))) as image:
-                return image.convert("RGB")
+            return decode_image(self._read(os.fsdecode(self._members[index])))
         except Exception as error:  # PIL, zipfile and zlib each have their own ways to fail on broken files
-            raise ValueError(f"{self.name(index)}: got no readable image ({error}), allowed: whole images") from error
+            allowed = "a whole image of 8 or 16 bits a channel"
+            raise ValueError(f"{self.name(index)}: got no such image ({error}), allowed: {allowed}") from error
 
     def subset(self, indices):
         """The images ``indices`` with the same classes."""
@@ -104,9 +107,9 @@ class ImageSource:
 def open_images(data, split, *, root="data", download=False):
     """The ImageSource of ``split`` ("train" or "test") of ``data``, a published set under ``root`` or any path.
 
-    A path is a folder, or a zip of one, with train/<class>/* and test|val|valid|validation/<class>/*, or with
-    <class>/* alone, of which one image in five of each class is then held out. Classes are the sorted folder names of
-    the training split. download: fetch CIFAR where it is missing.
+    A path is a folder, or a zip of one, with train/<class>/** and test|val|.../<class>/**, or with <class>/** alone, of
+    which one image in five of each class is then held out. Classes are the sorted folder names of the training split.
+    A warning counts and names the files that are no images by their suffix. download: fetch CIFAR where it is missing.
 
     Raises FileNotFoundError for what is missing, ValueError for a damaged zip, no classes, classes without images and
     test classes that training lacks.
@@ -117,12 +120,15 @@ def open_images(data, split, *, root="data", download=False):
     if download:
         raise ValueError(f"download: got true for {data}, allowed: true for {', '.join(CIFAR)}")
     path = _locate(data, root)
-    tree = _Folder(path) if path.is_dir() else _Zip(path)
+    tree = Folder(path) if path.is_dir() else Zip(path)
     listed = "imagenet100.txt" if data == "imagenet100" else None
     classes, members = _find_images(tree, split, listed)
     found = [(label, member) for label, name in enumerate(classes) for member in members.get(name, ())]
     if not found:
         raise ValueError(f"{path}: got no images to {split}, allowed: images of {', '.join(classes) or 'some class'}")
+    if tree.unused:
+        names = ", ".join(tree.unused[:SHOWN]) + (", ..." if len(tree.unused) > SHOWN else "")
+        warnings.warn(f"{path}: {len(tree.unused):,} files not used, no images by their names: {names}", stacklevel=2)
     return ImageSource(path, classes, *zip(*found, strict=True), read=tree.read)
 
 
@@ -156,90 +162,33 @@ def _locate(data, root):
     raise FileNotFoundError(f"{Path(root) / places[0]}: does not exist; {data} comes from {origin}")
 
 
-class _Folder:
-    """The files below a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def list(self, place):
-        """Sorted names (folders, files) directly in ``place``, without hidden ones."""
-        with os.scandir(self.path / place) as entries:
-            shown = sorted((entry.name, entry.is_dir()) for entry in entries if not _is_hidden(entry.name))
-        return [name for name, is_folder in shown if is_folder], [name for name, is_folder in shown if not is_folder]
-
-    def read(self, member):
-        return (self.path / member).read_bytes()
-
-
-class _Zip:
-    """The files of a zip, read in place; every process opens its own handle."""
-
-    def __init__(self, path):
-        self.path = path
-        self._file, self._owner = self._open(), os.getpid()
-        self._entries = {"": (set(), set())}
-        for name in self._file.namelist():
-            parts = name.split("/")
-            if any(_is_hidden(part) for part in parts):
-                continue
-            for depth, part in enumerate(parts[:-1]):
-                self._entries["/".join(parts[:depth])][0].add(part)
-                self._entries.setdefault("/".join(parts[: depth + 1]), (set(), set()))
-            if parts[-1]:
-                self._entries["/".join(parts[:-1])][1].add(parts[-1])
-
-    def _open(self):
-        try:
-            return zipfile.ZipFile(self.path)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{self.path}: got no whole zip ({error}), allowed: a folder or .zip of images") from error
-
-    def list(self, place):
-        """Sorted names (folders, files) directly in ``place``, without hidden ones."""
-        folders, files = self._entries[place]
-        return sorted(folders), sorted(files)
-
-    def read(self, member):
-        if self._owner != os.getpid():  # a forked handle would share its position in the file
-            self._file, self._owner = self._open(), os.getpid()
-        return self._file.read(member)
-
-
-def _is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
-
-
 def _find_images(tree, split, listed):
     """(classes, {class: its images in ``split``}) of a tree; listed: a file of the classes to keep, or None."""
     top = _top(tree)
     folders, files = tree.list(top)
-    # One that holds images directly is a class of that name.
-    splits = [name for name in ("train", *HELD_OUT) if name in folders and tree.list(_join(top, name))[0]]
+    splits = _splits(tree, top, folders)
     if "train" not in splits:
         if splits or not folders:
             raise ValueError(
-                f"{_join(tree.path, top)}: got {', '.join(folders) or 'no folders'},"
+                f"{join(tree.path, top)}: got {', '.join(folders) or 'no folders'},"
                 " allowed: train/<class>/* and test/<class>/*, or <class>/*"
             )
-        return folders, {name: _part(tree, _join(top, name), split) for name in _bar(folders)}
-    known = classes = tree.list(_join(top, "train"))[0]
+        tree.unused += files
+        return folders, {name: _part(tree, join(top, name), split) for name in _bar(folders)}
+    known = classes = tree.list(splits["train"])[0]
     if listed in files:
-        classes = sorted(set(tree.read(_join(top, listed)).decode().split()))
-        _check_known(classes, known, _join(tree.path, top, listed))
+        classes = sorted(set(" ".join(tree.lines(join(top, listed))).split()))
+        _check_known(classes, known, join(tree.path, top, listed))
     if split == "train":
-        return classes, {name: _images(tree, _join(top, "train", name)) for name in _bar(classes)}
-    if "val" in splits and "val_annotations.txt" in tree.list(_join(top, "val"))[1]:
-        return classes, _annotated(tree, _join(top, "val"), known)
+        return classes, _labelled(tree, splits["train"], classes)
+    if "val" in splits and "val_annotations.txt" in tree.list(splits["val"])[1]:
+        return classes, _annotated(tree, splits["val"], known)
     if len(splits) == 1:
-        raise ValueError(f"{_join(tree.path, top)}: got train alone, allowed: also one of {', '.join(HELD_OUT)}")
-    found = tree.list(_join(top, splits[1]))[0]
-    _check_known(found, known, _join(tree.path, top, splits[1]))
-    return classes, {name: _images(tree, _join(top, splits[1], name)) for name in _bar(found) if name in classes}
-
-
-def _join(*parts):
-    return "/".join(str(part) for part in parts if str(part))
+        raise ValueError(f"{join(tree.path, top)}: got train alone, allowed: also one of {', '.join(HELD_OUT)}")
+    held_out = next(splits[name] for name in HELD_OUT if name in splits)
+    found = tree.list(held_out)[0]
+    _check_known(found, known, join(tree.path, held_out))
+    return classes, _labelled(tree, held_out, [name for name in found if name in classes])
 
 
 def _bar(classes):
@@ -249,39 +198,63 @@ def _bar(classes):
 
 
 def _top(tree):
-    """Where the splits or classes lie: the root, or its only folder where that one holds further folders."""
-    folders, _ = tree.list("")
-    if len(folders) == 1 and folders[0] not in ("train", *HELD_OUT) and tree.list(folders[0])[0]:
-        return folders[0]
-    return ""
+    """Where the splits or classes lie: the root, or, as long as a folder holds one folder alone, that one."""
+    top = ""
+    while True:
+        folders, _ = tree.list(top)
+        if len(folders) != 1 or _split_of(folders[0]) or not tree.list(join(top, folders[0]))[0]:
+            return top
+        top = join(top, folders[0])
+
+
+def _split_of(name):
+    """ "train" or one of HELD_OUT for the name of a folder that may hold it, else None."""
+    name = name.lower()
+    return "train" if name in TRAINING else name if name in HELD_OUT else None
+
+
+def _splits(tree, top, folders):
+    """{"train" and those of HELD_OUT that there are: folder}; one that holds images directly is a class instead.
+
+    Raises ValueError where two folders have one meaning, and for names that are splits only nearly, such as
+    train_data and test_data, which would become two classes.
+    """
+    found, nearly = {}, []
+    for name in folders:
+        if not tree.list(join(top, name))[0]:
+            continue
+        split = _split_of(name)
+        if split in found:
+            raise ValueError(f"{join(tree.path, top)}: got {found[split]} and {name}, allowed: one of them")
+        if split:
+            found[split] = join(top, name)
+        nearly += [(name, part) for part in map(_split_of, re.split("[^A-Za-z]+", name)) if part and not split]
+    if len({part == "train" for _, part in nearly}) == 2:
+        names = ", ".join(dict(nearly))
+        raise ValueError(f"{join(tree.path, top)}: got {names}, allowed: train/<class>/* and test/<class>/*")
+    return found
 
 
 def _check_known(classes, known, place):
     unknown = sorted(set(classes) - set(known))
     if unknown:
         raise ValueError(
-            f"{place}: got classes that train lacks ({', '.join(unknown[:5])}),"
-            f" allowed: {', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
+            f"{place}: got classes that train lacks ({', '.join(unknown[:SHOWN])}),"
+            f" allowed: {', '.join(known[:SHOWN])}{', ...' if len(known) > SHOWN else ''}"
         )
 
 
-def _images(tree, folder):
-    """Members that are the images of a class; Tiny ImageNet has them in a folder ``images``."""
-    folders, files = tree.list(folder)
-    if "images" in folders:
-        folder = _join(folder, "images")
-        files = tree.list(folder)[1]
-    images = [_join(folder, name) for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-    if not images:
-        raise ValueError(f"{_join(tree.path, folder)}: got no images, allowed: files {', '.join(IMAGE_SUFFIXES)}")
-    return images
+def _labelled(tree, folder, classes):
+    """{class: its images} of folders in ``folder``."""
+    tree.unused += [join(folder, name) for name in tree.list(folder)[1]]
+    return {name: tree.images(join(folder, name)) for name in _bar(classes)}
 
 
 def _part(tree, folder, split):
     """Members of a class that are in ``split`` where no folders tell: the lowest fifth by hash is for testing."""
-    images = _images(tree, folder)
+    images = tree.images(folder)
     if len(images) < 2:
-        raise ValueError(f"{_join(tree.path, folder)}: got 1 image, allowed: at least 2, one of them is held out")
+        raise ValueError(f"{join(tree.path, folder)}: got 1 image, allowed: at least 2, one of them is held out")
     ranked = sorted(images, key=lambda member: digest(os.fsencode(member.rsplit("/", 1)[-1])))
     held_out = set(ranked[: max(1, len(images) // 5)])
     return [member for member in images if (member in held_out) == (split == "test")]
@@ -289,9 +262,12 @@ def _part(tree, folder, split):
 
 def _annotated(tree, folder, known):
     """{class: images} of Tiny ImageNet's validation split, listed in lines of: file, class, box."""
-    lines = tree.read(_join(folder, "val_annotations.txt")).decode().splitlines()
-    members = {}
-    for file, name, *_ in (line.split() for line in lines if line.strip()):
-        members.setdefault(name, []).append(_join(folder, "images", file))
-    _check_known(members, known, _join(tree.path, folder, "val_annotations.txt"))
+    place, members = join(folder, "val_annotations.txt"), {}
+    for number, line in enumerate(tree.lines(place), start=1):
+        file, name, *_ = [*line.split(), "", ""]
+        if line.strip() and not name:
+            raise ValueError(f"{join(tree.path, place)}:{number}: got {line[:80]!r}, allowed: file and class")
+        if name:
+            members.setdefault(name, []).append(join(folder, "images", file))
+    _check_known(members, known, join(tree.path, place))
     return members
