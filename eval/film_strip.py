@@ -6,9 +6,9 @@ python -m eval.film_strip LIFT.hdf5 CAN.hdf5 [--demo demo_0] [--frames 6] [--out
 import json
 from pathlib import Path
 
-import h5py
 import numpy as np
 
+from envs.robomimic.hdf5 import open_file
 from eval.shared.command import Parser, command
 from eval.shared.machine import check_positive
 from policy.training.pictures import picture_rows, save_png
@@ -16,7 +16,7 @@ from policy.training.pictures import picture_rows, save_png
 
 def read_demo(path, demo):
     """({camera: images (T, h, w, 3) uint8}, steps a second or None) of the episode ``demo`` of a robomimic HDF5."""
-    with h5py.File(path) as file:
+    with open_file(path) as file:
         demos = list(file.get("data", ()))
         if demo not in demos:
             raise ValueError(f"--demo: got {demo!r}, allowed in {path}: {', '.join(demos) or 'none'}")

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from envs.robomimic.backend import INSTALL
-from envs.robomimic.hdf5_checks import check_own
+from envs.robomimic.hdf5_checks import check_own, probe
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of the low-dimensional values what can be told from a state: robosuite's accelerations cannot.
@@ -104,6 +104,7 @@ def open_file(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data set: got {path}, which is no file")
+    probe(path)
     try:
         with h5py.File(path, "r") as file:
             check_own(file, path)

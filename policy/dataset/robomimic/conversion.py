@@ -17,6 +17,7 @@ from numcodecs import CRC32, Blosc
 from tqdm import tqdm
 
 from policy.dataset.robomimic.actions import RECORDED, absolute_actions, num_arms, read_controllers
+from policy.dataset.robomimic.hdf5_checks import probe
 from policy.dataset.robomimic.layout import finite, read_layout, reading
 from policy.files import digest, locked, write_whole
 from policy.registry import choose
@@ -71,6 +72,7 @@ def _convert(source, output, identity):
     if output.exists():
         return _check_present(output, identity)
     partial = output.with_name(f"{output.name}.partial")
+    probe(source)
     with reading(source), h5py.File(source, "r") as file:
         layout = read_layout(file, source, identity["filter_key"])
     try:

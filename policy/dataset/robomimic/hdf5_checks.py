@@ -1,16 +1,62 @@
 """HDF5 files that others made: content from other files, missing parts and impossible sizes are refused by name."""
 
+import contextlib
 import math
+import os
+import resource
+import signal
+import subprocess
+import sys
 import zlib
 
 import h5py
 
 LARGE, RATIO = 1 << 30, 2000  # bytes from which on a data set may not be so many times larger than what is stored of it
 SLACK = 1 << 28  # bytes that any chunk may decompress to
+SECONDS, MEMORY = 5, 4 << 30  # of the CPU (and 2 for each GB of the file) and bytes, to look through a file
+
+
+def probe(path):
+    """Look through the HDF5 ``path`` in a process of its own, as damage makes the library loop for ever or crash.
+
+    Raises ValueError where it does; whatever else is wrong is left to the reader.
+    """
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # each would reserve memory
+    # -P: beside this file lie modules whose names h5py might look for.
+    command = [sys.executable, "-P", __file__, str(path)]
+    code = subprocess.run(command, env=os.environ | threads, capture_output=True, check=False).returncode
+    if code < 0:
+        does = "never ends" if code == -signal.SIGXCPU else f"dies of {signal.Signals(-code).name}"
+        raise ValueError(f"{path}: got a file on which the HDF5 library {does}, allowed: a whole HDF5")
+
+
+def _look_through(path):
+    """Read all that leads to the numbers in the file: links, attributes, words and lists of chunks."""
+    seconds = SECONDS + (os.path.getsize(path) >> 29)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with h5py.File(path, "r") as file:
+        for where, item in _walk(file, path):
+            with contextlib.suppress(Exception):  # what cannot be read here may never be read
+                for name in item.attrs:
+                    with contextlib.suppress(Exception):
+                        item.attrs[name]
+            if isinstance(item, h5py.Dataset):
+                with contextlib.suppress(Exception):
+                    check_stored(item, where)
+                    if item.dtype.kind == "O":
+                        item[()]
 
 
 def check_own(file, path):
     """Refuse links to other files and data sets kept in others, anywhere in ``file``; ValueError names them."""
+    for _ in _walk(file, path):
+        pass
+
+
+def _walk(file, path):
+    """Yield (name for messages, object) of everything in ``file``, checked to lie in it."""
+    yield path, file
     groups, seen = [file], set()
     while groups:
         group = groups.pop()
@@ -24,7 +70,8 @@ def check_own(file, path):
             item = group[name]
             if isinstance(item, h5py.Dataset):
                 _check_inside(item, where)
-            elif isinstance(item, h5py.Group):
+            yield where, item
+            if isinstance(item, h5py.Group):
                 identity = h5py.h5o.get_info(item.id)
                 if (identity.fileno, identity.addr) not in seen:  # groups may hold themselves
                     seen.add((identity.fileno, identity.addr))
@@ -78,3 +125,7 @@ def _check_chunks(dataset, limit, where):
             continue
         if found > limit:
             raise ValueError(f"{where}: got a chunk of more than {limit:,} bytes when decompressed, at {offset}")
+
+
+if __name__ == "__main__":
+    _look_through(sys.argv[1])

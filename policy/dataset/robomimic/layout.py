@@ -147,7 +147,7 @@ def _read_shapes(demo, where):
 
 def _read_length(demo, where):
     """Frames of a demo: its num_samples, else those of its actions."""
-    length = demo.attrs.get("num_samples", getattr(demo["actions"], "shape", (0,))[:1])
+    length = demo.attrs.get("num_samples", (getattr(demo["actions"], "shape", None) or [0])[0])
     try:
         return int(np.asarray(length).item())
     except (TypeError, ValueError, OverflowError) as error:

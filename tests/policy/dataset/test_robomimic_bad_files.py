@@ -2,13 +2,17 @@
 
 import json
 import re
+import zlib
 
 import h5py
 import numpy as np
 import pytest
 from robomimic_files import CAMERAS, MODEL, OLD, both, call, each, make_hdf5, new, set_attr, without
 
-from policy.dataset.robomimic.conversion import ensure_zarr
+from envs import make_data
+from eval.film_strip import read_demo
+from policy.dataset.robomimic import hdf5_checks
+from policy.dataset.robomimic.conversion import convert, ensure_zarr
 
 
 def poke(name, frame, value):
@@ -42,11 +46,89 @@ def model(old, replacement, *, frame="world"):
     return both(without("obs/robot0_eef_quat_site"), changed, controllers(new(input_ref_frame=frame)))
 
 
+def linked(name, target, path="/data"):
+    """``name`` is a link to ``path`` of the file ``target``."""
+    return lambda file: (
+        name in file and file.__delitem__(name),
+        file.__setitem__(name, h5py.ExternalLink(target, path)),
+    )
+
+
+def elsewhere(name, shape, kind):
+    """``name`` is a data set whose content lies in /etc/passwd."""
+
+    def edit(file):
+        del file[name]
+        if kind == "external":
+            file.create_dataset(name, shape, "u1", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
+        else:
+            layout = h5py.VirtualLayout(shape, "f8")
+            layout[:] = h5py.VirtualSource("/etc/passwd", "data", shape)
+            file.create_virtual_dataset(name, layout)
+
+    return edit
+
+
+def unwritten(name, shape, **options):
+    return both(remove(name), lambda file: file.create_dataset(name, shape, "f8", **options))
+
+
+def described(**changes):
+    """env_args that say such things of the controller."""
+    return env_args(env_kwargs={"controller_configs": {**new(), **changes}})
+
+
 IMAGE, POSE, SITE = f"obs/{CAMERAS[0]}", "obs/robot0_eef_pos", "obs/robot0_eef_quat_site"
 BAD = {  # name: (edit, what the error names)
     "no data": (remove("data"), "got no demos"),
     "no demos": (remove(*(f"data/demo_{i}" for i in range(3))), "got no demos"),
     "other groups": (lambda f: f.move("data/demo_1", "data/episode_1"), "data/episode_1"),
+    "link to a file": (linked("data/demo_1", "/etc/passwd"), "data/demo_1.*/etc/passwd"),
+    "link to images": (linked(f"data/demo_1/{IMAGE}", "other.hdf5"), f"data/demo_1/{IMAGE}.*other.hdf5"),
+    "link beside": (linked("extra", "other.hdf5"), "/extra.*other.hdf5"),
+    "content elsewhere": (elsewhere(f"data/demo_1/{IMAGE}", (7, 8, 8, 3), "external"), f"demo_1/{IMAGE}.*/etc/passwd"),
+    "virtual": (elsewhere(f"data/demo_1/{POSE}", (7, 3), "virtual"), f"demo_1/{POSE}.*virtual.*/etc/passwd"),
+    "link to itself": (lambda f: f.__setitem__("data/demo_1/self", f["data"]), None),
+    "soft link": (lambda f: f.__setitem__("data/demo_1/self", h5py.SoftLink("/data")), None),
+    "dangling": (replaced(f"data/demo_1/{POSE}", h5py.SoftLink("/nowhere")), "in.hdf5"),
+    "data is numbers": (replaced("data", np.zeros(3)), "got no demos"),
+    "demo is numbers": (replaced("data/demo_1", np.zeros(3)), "data/demo_1: got no actions"),
+    "obs is numbers": (replaced("data/demo_1/obs", np.zeros(3)), "data/demo_1/obs"),
+    "actions is a group": (
+        both(remove("data/demo_1/actions"), lambda f: f.create_group("data/demo_1/actions")),
+        "data/demo_1/actions",
+    ),
+    "empty actions": (replaced("data/demo_1/actions", h5py.Empty("f8")), "data/demo_1/actions"),
+    "records": (replaced("data/demo_1/actions", np.zeros(7, "f4,i8")), "data/demo_1/actions"),
+    "samples in words": (lambda f: f["data/demo_1"].attrs.__setitem__("num_samples", "seven"), "demo_1: num_samples"),
+    "samples in lists": (lambda f: f["data/demo_1"].attrs.__setitem__("num_samples", [7, 7]), "demo_1: num_samples"),
+    "samples nan": (lambda f: f["data/demo_1"].attrs.__setitem__("num_samples", np.nan), "demo_1: num_samples"),
+    "mask is numbers": (replaced("mask", np.zeros(3)), "mask"),
+    "mask of numbers": (replaced("mask/train", np.zeros(3)), "mask/train"),
+    "mask of groups": (lambda f: f.create_group("mask/train/x") if f.pop("mask/train", None) else None, "mask/train"),
+    "mask of one": (replaced("mask/train", b"demo_1"), "mask/train"),
+    "mask of bytes": (replaced("mask/train", np.array([b"\xff\xfe"])), "mask/train"),
+    "mask of tables": (replaced("mask/train", np.array([[b"demo_1"]])), "mask/train"),
+    "huge": (unwritten("data/demo_1/states", (10**12, 32), chunks=(1000, 32)), "demo_1/states"),
+    "huge in one": (unwritten("data/demo_1/states", (10**12, 32)), "demo_1/states"),
+    "unwritten": (unwritten("data/demo_1/states", (7, 32)), "demo_1/states: got 0 of 1 chunks"),
+    "half written": (
+        both(
+            unwritten("data/demo_1/states", (7, 32), chunks=(4, 32)),
+            lambda f: f["data/demo_1/states"].__setitem__(slice(4), 1.0),
+        ),
+        "demo_1/states: got 1 of 2 chunks",
+    ),
+    "env_args is a list": (lambda f: f["data"].attrs.__setitem__("env_args", "[1]"), "env_args"),
+    "env_args is a number": (lambda f: f["data"].attrs.__setitem__("env_args", 3), "env_args"),
+    "env_args is null": (lambda f: f["data"].attrs.__setitem__("env_args", "null"), "env_args"),
+    "env_args is deep": (lambda f: f["data"].attrs.__setitem__("env_args", "[" * 60_000), "env_args"),
+    "kwargs is a list": (env_args(env_kwargs=[1]), "controller_configs"),
+    "controller in words": (env_args(env_kwargs={"controller_configs": "OSC_POSE"}), "controller_configs"),
+    "parts in words": (described(body_parts="right"), "controller_configs"),
+    "part in words": (described(body_parts={"right": "OSC_POSE"}), "controller_configs"),
+    "ranges in words": (controllers(new(output_max="far")), "output_max"),
+    "ranges nan": (controllers(new(output_max=float("nan"))), "output_max"),
     "no env_args": (lambda f: f["data"].attrs.__delitem__("env_args"), "env_args"),
     "bad env_args": (lambda f: f["data"].attrs.__setitem__("env_args", "{"), "env_args"),
     "no images": (without(*(f"obs/{name}" for name in CAMERAS)), r"envs.robomimic_images \S*in.hdf5 \S*in_image.hdf5"),
@@ -112,10 +194,34 @@ def test_bad_files_are_one_clear_line_and_leave_nothing(tmp_path, capsys, case):
     assert str(source) in errors[0] and [path.name for path in tmp_path.iterdir()] == ["in.hdf5"]
 
 
-@pytest.mark.parametrize("case", ["joints", "large delta", "no pose", "actions of 8", "no model"])
+@pytest.mark.parametrize("case", ["joints", "large delta", "no pose", "actions of 8", "no model", "no env_args"])
 def test_recorded_actions_need_no_controller(tmp_path, capsys, case):
     source = make_hdf5(tmp_path / "in.hdf5", edit=BAD[case][0])
     assert call(capsys, source, tmp_path / "out.zarr", "--actions", "recorded")[0] == 0
+
+
+@pytest.mark.parametrize("case", ["link to a file", "link to images", "link beside", "content elsewhere", "virtual"])
+def test_no_reader_follows_a_file_into_another(tmp_path, case):
+    edit, message = BAD[case]
+    source = make_hdf5(tmp_path / "in.hdf5", edit=edit)
+    with pytest.raises(ValueError, match=message):
+        make_data("robomimic_file", source=source, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_demo(source, "demo_0")
+
+
+def test_a_chunk_that_decompresses_to_far_more_than_it_may_is_refused(tmp_path, monkeypatch):
+    def edit(file):
+        name = f"data/demo_1/{IMAGE}"
+        del file[name]
+        images = file.create_dataset(name, (7, 8, 8, 3), "u1", chunks=(1, 8, 8, 3), compression="gzip")
+        images[:] = 1
+        images.id.write_direct_chunk((3, 0, 0, 0), zlib.compress(bytes(4 << 20)))
+
+    source = make_hdf5(tmp_path / "in.hdf5", edit=edit)
+    monkeypatch.setattr(hdf5_checks, "SLACK", 1 << 20)
+    with pytest.raises(ValueError, match=f"demo_1/{IMAGE}.* bytes when decompressed"):
+        convert(source, tmp_path / "out.zarr")
 
 
 def test_files_that_are_no_whole_hdf5(tmp_path, capsys):
