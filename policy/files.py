@@ -45,23 +45,27 @@ def _private_folder(path):
     while True:
         folder = path.with_name(f"{path.name}.partial-{secrets.token_hex(6)}")
         folder.mkdir()
-        try:
-            with open(folder / "lock", "w") as lock:
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                lock = stack.enter_context(open(folder / "lock", "w"))
                 with contextlib.suppress(OSError):  # a disk without locks, on which nothing is ever cleared away
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                if (folder / "lock").exists():  # else another writer took it for abandoned before it was locked
-                    yield folder
-                    return
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if (folder / "lock").exists():  # else another writer took the folder for abandoned before it was locked
+                yield folder
+                return
 
 
 def _clear_abandoned(parent):
     """Remove the folders in ``parent`` that ``whole`` made and whose writer is dead: nobody holds their lock."""
-    for name in filter(PARTIAL.fullmatch, os.listdir(parent)):
-        with contextlib.suppress(OSError), open(parent / name / "lock", "r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(parent / name)
+    for folder in (parent / name for name in os.listdir(parent) if PARTIAL.fullmatch(name)):
+        with contextlib.suppress(OSError):
+            if not (folder / "lock").exists():
+                folder.rmdir()  # of a writer that died before it could lock it, and then empty
+                continue
+            with open(folder / "lock", "r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
 
 
 def write_whole(path, content):

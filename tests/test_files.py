@@ -82,6 +82,7 @@ def test_writers_at_once_do_not_meet_and_only_what_is_abandoned_goes(files, tmp_
     path, theirs = tmp_path / "file", tmp_path / "thesis.partial-0123456789ab"
     theirs.mkdir()
     (theirs / "chapter").touch()
+    (tmp_path / "file.partial-0123456789ab").mkdir()  # of a writer that was killed in its first moment
     with files.whole(path) as first, files.whole(path) as second:
         first.write_text("first")
         second.write_text("second")
