@@ -149,15 +149,14 @@ def _listed_episodes(path, filter_key, num_episodes):
     """Numbers of all episodes, or those of the list ``filter_key`` of robomimic's mask, as conversion keeps them."""
     if filter_key is None:
         return np.arange(num_episodes)
-    lists = open_zarr(path).attrs.get("filter_keys") or {}
-    if not lists:
+    lists = open_zarr(path).attrs.get("filter_keys")
+    if not lists or not isinstance(lists, dict):
         raise ValueError(f"data.filter_key: got {filter_key!r}, allowed: null, as {path} has no attribute filter_keys")
-    listed = np.asarray(lookup("data.filter_key", filter_key, lists))
-    if listed.ndim != 1 or not set(listed.tolist()) or not set(listed.tolist()) <= set(range(num_episodes)):
-        raise ValueError(
-            f"{path}: filter_keys: got {filter_key} {listed}, allowed: episode numbers below {num_episodes}"
-        )
-    return listed
+    listed = lookup("data.filter_key", filter_key, lists)
+    numbers = set(range(num_episodes))
+    if not listed or not isinstance(listed, list) or not all(type(n) is int and n in numbers for n in listed):
+        raise ValueError(f"{path}: filter_keys.{filter_key}: got {listed}, allowed: numbers below {num_episodes}")
+    return np.array(listed)
 
 
 def datasets_of(config, path):

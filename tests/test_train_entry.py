@@ -194,6 +194,29 @@ def test_every_sequence_preset_builds(task, preset):
     assert config["preset"] == f"{task}_{preset}" and sum(p.numel() for p in model.parameters()) > 1e5
 
 
+@pytest.mark.parametrize("preset", ["fast", "small", "paper"])
+@pytest.mark.parametrize("lines", ["crop: null\nposition: null\n", "", "crop: null\n", "position: null\n"])
+def test_a_task_may_leave_out_crop_and_position_or_say_null(tmp_path, preset, lines):
+    """Then whole images are seen and actions are relative to nothing."""
+    text = (CONFIG / "task/pusht.yaml").read_text()
+    kept = [line for line in text.splitlines() if not line.startswith(("crop:", "position:"))]
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task/mine.yaml").write_text("\n".join(kept) + f"\n{lines}")
+    chosen = (CONFIG / "pusht/typea.yaml").read_text().replace("/task: pusht", "/task: mine")
+    (tmp_path / "typea.yaml").write_text(chosen)
+    config = composed(tmp_path, "typea", f"preset={preset}")
+    assert config["crop"] is None and config["task"]["shape_meta"]["action"]["relative_to"] is None
+    with torch.device("meta"):
+        model = build_model(config)
+    assert model.encoder.crop is None and model.relative_to is None
+
+
+@pytest.mark.parametrize("task", ["pusht", "lift_ph"])
+def test_crop_and_position_may_be_null_on_the_command_line(task):
+    config = compose(task, ["task.crop=null", "task.position=null"])
+    assert config["crop"] is None and config["task"]["shape_meta"]["action"]["relative_to"] is None
+
+
 def test_another_task_of_robosuite_is_configuration_only(tmp_path):
     """Square has neither an expert nor a pre-trained encoder: nothing takes the place of its missing file."""
     config = compose("square_ph", [])

@@ -120,8 +120,14 @@ def open_labelled(
     buffer = _open_buffer(path, attributes.get("images", path.name), task, storage, cache_dir)
     labels = _check_labels(buffer.arrays["label"], classes, f"{path}: data/label_{task}")
     train, test = split_episodes(buffer.num_episodes, val_ratio=val_ratio, seed=seed)
-    splits = {name: _starts(buffer, part, span)[::every] for name, part in (("train", train), ("test", test))}
+    episodes = {"train": train, "test": test}
+    splits = {name: _starts(buffer, part, span)[::every] for name, part in episodes.items()}
     starts = lookup("split", split, splits)
+    short = int((np.diff(buffer.episode_ends, prepend=0)[episodes[split]] < span).sum())
+    if short:
+        print(
+            f"{path}: {short:,} of {len(episodes[split]):,} {split} episodes are shorter than {span} frames and unused"
+        )
     for name, frames in splits.items():
         missing = [str(kind) for number, kind in enumerate(classes) if number not in labels[frames]]
         if missing:

@@ -3,11 +3,13 @@
 import sys
 import types
 
+import h5py
 import numpy as np
 import pytest
 import zarr
-from robomimic_files import CAMERAS, OLD, both, each, make_hdf5, new, read, without
+from robomimic_files import CAMERAS, OLD, both, call, each, make_hdf5, new, read, without
 
+from policy.build import build_datasets
 from policy.dataset.replay_buffer import ReplayBuffer
 from policy.dataset.robomimic.conversion import convert
 from policy.dataset.robomimic.rotation import matrix_to_6d, rotvec_to_matrix
@@ -47,6 +49,51 @@ def test_filter_keys_count_the_episodes_of_the_zarr(tmp_path):
     source = make_hdf5(tmp_path / "in.hdf5", edit=lambda f: (f.__delitem__("data/demo_1"), f.__delitem__("mask/valid")))
     attrs = zarr.open_group(str(convert(source, tmp_path / "out.zarr")), mode="r").attrs
     assert attrs["filter_keys"] == {"train": [0, 1]}
+
+
+@pytest.mark.parametrize(("filter_key", "demos"), [("train", [0, 2]), ("valid", [1]), (None, [0, 1, 2])])
+def test_only_the_demos_of_a_filter_key_are_converted(tmp_path, capsys, filter_key, demos):
+    source, output = make_hdf5(tmp_path / "in.hdf5"), tmp_path / "out.zarr"
+    assert call(capsys, source, output, *(("--filter-key", filter_key) if filter_key else ()))[0] == 0
+    root = zarr.open_group(str(output), mode="r")
+    np.testing.assert_array_equal(np.diff(root["meta/episode_ends"][:], prepend=0), np.array([5, 7, 3])[demos])
+    with h5py.File(source) as file:
+        images = [file[f"data/demo_{demo}/obs/{CAMERAS[0]}"][:] for demo in demos]
+    np.testing.assert_array_equal(root[f"data/{CAMERAS[0]}"][:], np.concatenate(images))
+    keys = {"train": [0, 2], "valid": [1]}
+    expected = {name: [demos.index(demo) for demo in members if demo in demos] for name, members in keys.items()}
+    assert root.attrs["filter_keys"] == expected and root.attrs["filter_key"] == filter_key
+    other = "valid" if filter_key == "train" else "train"
+    code, _, (error,) = call(capsys, source, output, "--filter-key", other)
+    assert code == 1 and "output: got" in error
+    code, _, (error,) = call(capsys, source, tmp_path / "x.zarr", "--filter-key", "test")
+    assert code == 1 and "filter_key: got 'test', allowed: train, valid" in error
+
+
+def test_training_on_a_filter_key_sees_its_episodes_only(tmp_path):
+    path = convert(make_hdf5(tmp_path / "in.hdf5"), tmp_path / "out.zarr")
+    shape_meta = {"obs": {"pos": {"source": "robot0_eef_pos", "shape": [3], "type": "low_dim"}}}
+    shape_meta["action"] = {"source": "action", "shape": [10], "type": "low_dim"}
+    model = {"name": "diffusion", "horizon": 4, "obs_steps": 2}
+    data = {"val_ratio": 0.5, "max_train_episodes": None, "pad_after": 3}
+
+    def episodes(**changes):
+        parts = build_datasets(path, shape_meta=shape_meta, model=model, data={**data, **changes}, seed=0)
+        return [part.episodes.tolist() if part else [] for part in parts]
+
+    assert sorted(sum(episodes(filter_key="train"), [])) == [0, 2]
+    assert episodes(filter_key="valid", val_ratio=0) == [[1], []]
+    assert sorted(sum(episodes(), [])) == sorted(sum(episodes(filter_key=None), [])) == [0, 1, 2]
+    with pytest.raises(ValueError, match="data.filter_key: got 'test', allowed: train, valid"):
+        episodes(filter_key="test")
+    root = zarr.open_group(str(path), mode="r+")
+    for wrong in ([], [3], ["demo_0"], [0.5], "train", None):
+        root.attrs["filter_keys"] = {"train": wrong}
+        with pytest.raises(ValueError, match="filter_keys"):
+            episodes(filter_key="train")
+    del root.attrs["filter_keys"]
+    with pytest.raises(ValueError, match="data.filter_key: got 'train', allowed: null"):
+        episodes(filter_key="train")
 
 
 def test_the_replay_buffer_reads_it_even_where_all_is_black(tmp_path):

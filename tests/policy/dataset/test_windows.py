@@ -198,6 +198,19 @@ def test_batch_equals_naive_indexing_and_reads_each_observed_frame_once(obs_step
     assert batch["obs"]["image"].dtype == np.uint8 and set(batch["obs"]) == {"image", "agent_pos"}
 
 
+@pytest.mark.parametrize(("obs_steps", "pad_after", "shortest"), [(2, 7, 8), (2, 0, 15), (1, 0, 16), (1, 3, 13)])
+def test_episodes_too_short_for_a_window_are_named(obs_steps, pad_after, shortest):
+    """Every other episode has windows, also one of just enough frames."""
+    lengths = np.array([shortest - 1, shortest, 40, 3, shortest - 1, 20])
+    buffer = ReplayBuffer({"action": np.zeros((lengths.sum(), 2), np.float32)}, np.cumsum(lengths))
+    data = WindowDataset(buffer, obs_keys=[], horizon=16, obs_steps=obs_steps, pad_after=pad_after)
+    assert data.unused.tolist() == [0, 3, 4] and data.shortest == shortest
+    used = np.searchsorted(buffer.episode_ends, data.windows, side="right")
+    assert np.unique(used).tolist() == [1, 2, 5]
+    data.use_episodes([0, 2])
+    assert data.unused.tolist() == [0]
+
+
 def test_only_the_observed_keys_are_read():
     buffer, _ = recorded_buffer()
     data = WindowDataset(buffer, obs_keys=["agent_pos"], horizon=8, obs_steps=2, pad_after=7)
