@@ -11,7 +11,7 @@ from policy.dataset.image.sources import open_images
 from policy.dataset.labelled import open_labelled
 from policy.training.batches import to_tensors
 
-OF_FILES = ("augment", "root", "download", "workers")  # what embedded tasks, pictures in memory, do not use
+OF_FILES = ("augment", "resize", "root", "download", "workers")  # what embedded tasks, pictures in memory, do not use
 EXAMPLES = 32
 
 
@@ -45,6 +45,7 @@ def open_data(config):
     train, test = (open_images(config["data"], split, **where) for split in ("train", "test"))
     augment = None if frozen else config["augment"]  # features are computed once
     options = {"image_size": size, "workers": config["workers"]}
+    options["resize"] = config.get("resize")  # older runs have none
     return ImageDataset(train, augment=augment, **options), ImageDataset(test, **options)
 
 

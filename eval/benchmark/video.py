@@ -7,7 +7,8 @@ from policy.dataset.labelled import open_labelled
 from policy.dataset.video.dataset import VideoDataset, open_videos
 
 # What embedded tasks, clips in memory, do not use.
-OF_FILES = ("sampling", "jitter", "flip", "temporal_views", "spatial_views", "workers", "root", "num_classes")
+OF_FILES = ("sampling", "target_fps", "jitter", "flip", "temporal_views", "spatial_views", "workers", "root")
+OF_FILES += ("num_classes",)
 
 
 def check_changes(config, changes):
@@ -27,6 +28,7 @@ def open_data(config):
     if config["data"] in config["embedded"]:
         return _embedded(config, dict(config["embedded"][config["data"]]))
     shared = {key: config[key] for key in ("frames", "sampling", "stride", "image_size", "jitter", "workers")}
+    shared["target_fps"] = config.get("target_fps")  # older runs have none
     changes = {
         "train": {"flip": config["flip"]},
         "test": {key: config[key] for key in ("temporal_views", "spatial_views")},

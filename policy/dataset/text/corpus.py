@@ -7,16 +7,33 @@ import numpy as np
 
 PARTS = {"train": {"train"}, "valid": {"valid", "validation", "val", "dev"}, "test": {"test"}}
 ENDINGS = (".txt", ".raw", ".tokens")
+MOST_BYTES = 10**9  # of a file, which is read as a whole
 VALID_FROM, TEST_FROM = 0.9, 0.95  # shares of a text where its other parts begin
 
 
 def read_text(path):
-    """The UTF-8 text of a file; raises OSError or, with the place of the first wrong byte, ValueError."""
+    """The UTF-8 text of a file.
+
+    Raises FileNotFoundError, OSError, or ValueError for more than MOST_BYTES, for none but white space, and, with the
+    place of the first one, for bytes that are no text (zeros are UTF-16 or a file that was never written).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: does not exist, allowed: a file of UTF-8 text")
+    if not path.is_file():
+        raise ValueError(f"{path}: got no file, allowed: a file of UTF-8 text")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path}: got {path.stat().st_size:,} bytes, allowed: at most {MOST_BYTES:,}")
+    content = path.read_bytes()
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        wrong, text = content.find(0), content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{path}: got byte 0x{byte:02x} at place {error.start}, allowed: UTF-8 text") from None
+        wrong = error.start
+    if wrong >= 0:
+        raise ValueError(f"{path}: got byte 0x{content[wrong]:02x} at place {wrong}, allowed: UTF-8 text")
+    if not text.strip():
+        raise ValueError(f"{path}: got no text, allowed: some")
+    return text
 
 
 def embedded_text():

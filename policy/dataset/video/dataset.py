@@ -5,7 +5,9 @@ Fibottention (arXiv 2406.19391) was trained on Smarthome, NTU and NUCLA.
 """
 
 import csv
+import itertools
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -15,12 +17,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from policy.dataset.stream import stream_batches
-from policy.dataset.video.decode import SAMPLINGS, clip_positions, frame_index, read_clip
+from policy.dataset.text.corpus import read_text
+from policy.dataset.video.decode import SAMPLINGS, clip_numbers, frame_index, read_clip
 from policy.encoder.observation import to_unit
-from policy.registry import choose
+from policy.registry import choose, within
 
-HEADERS = (["path", "label"], ["path", "pose", "label"])
-SHOWN = 5  # file names in a message that could list thousands
+# What a first line that is a header calls its first and last column.
+HEADER_PATHS = ("path", "file", "filename", "file_name", "video", "video_path", "video_name", "clip", "name")
+HEADER_LABELS = ("label", "labels", "label_id", "class", "class_id", "class_name", "category", "action")
+MOST_CLASSES = 100_000
+SHOWN, LINE = 5, 100  # file names, and characters of a line, in a message that could list thousands
 
 
 # Lists of videos ------------------------------------------------------------------------------------------------------
@@ -29,50 +35,65 @@ SHOWN = 5  # file names in a message that could list thousands
 def open_videos(folder, split, *, root=None, num_classes=None):
     """(paths, labels, classes) of ``folder``: train.csv for split "train", test.csv or else val.csv for "test".
 
-    classes: the lines of classes.txt, else the labels below ``num_classes``, else those up to the largest in train.csv.
-    Raises ValueError for a label beyond the classes, FileNotFoundError for a missing list.
+    classes: the lines of classes.txt, else the names that train.csv has as labels, sorted, or, where its labels are
+    numbers, those below ``num_classes`` or up to the largest. Raises ValueError for a label beyond the classes,
+    FileNotFoundError for a missing list.
     """
     choose("split", split, ("train", "test"))
+    if num_classes is not None:
+        within(1, MOST_CLASSES, num_classes=num_classes)
     folder = Path(folder)
     train = folder / "train.csv"
-    names = folder / "classes.txt"
-    if names.exists():
-        classes = _read_text(names).strip().splitlines()
-        if "" in classes or len(set(classes)) < len(classes):
-            raise ValueError(f"{names}: got an empty or repeated name, allowed: one name a line")
-        if num_classes not in (None, len(classes)):
-            raise ValueError(f"num_classes: got {num_classes}, allowed: {len(classes)}, the lines of {names}")
-    else:
-        classes = [str(label) for label in range(num_classes or max(label for _, _, label in _read_rows(train)) + 1)]
+    classes, known = _classes(folder / "classes.txt", train, num_classes)
+    if num_classes not in (None, len(classes)):
+        raise ValueError(f"num_classes: got {num_classes}, allowed: {len(classes)}, the classes of {folder}")
     path = train
     if split == "test":
         path = folder / "test.csv" if (folder / "test.csv").exists() else folder / "val.csv"
-    return *read_csv(path, root=root, num_classes=len(classes)), classes
+    return *read_csv(path, root=root, known=known), classes
 
 
-def read_csv(path, *, root=None, num_classes=None):
+def _classes(names, train, num_classes):
+    """(names of the classes, {label: its number}) of the file ``names`` or, without it, of the labels in ``train``."""
+    if names.exists():
+        classes = read_text(names).strip().splitlines()
+        if "" in classes or len(set(classes)) < len(classes) or len(classes) > MOST_CLASSES:
+            allowed = f"one name a line, at most {MOST_CLASSES:,}"
+            raise ValueError(f"{names}: got an empty or repeated name, or too many, allowed: {allowed}")
+        numbers = range(len(classes))
+        return classes, dict(zip(classes, numbers, strict=True)) | dict(zip(numbers, numbers, strict=True))
+    labels = {label for _, _, label in _read_rows(train)}
+    named = any(isinstance(label, str) for label in labels)
+    labels = sorted(labels) if named else range(num_classes or max(labels) + 1)
+    return [str(label) for label in labels], {label: number for number, label in enumerate(labels)}
+
+
+def read_csv(path, *, root=None, known=None):
     """(paths (n,), labels (n,) int64) of a list with ``path label``, ``path,label`` or ``path,pose,label`` a line.
 
-    Relative paths start at ``root``, or at the list's folder. Empty lines, lines that start with # and a header are
-    left out, and so are, with one warning, videos that are not there. Raises ValueError, naming file and line, for a
-    label that is not an integer from 0 (to num_classes - 1); FileNotFoundError when no video is there.
+    known: {label, a number or a name: number of its class}; by default a number stands for itself, and names for their
+    places among the sorted ones of the list. Relative paths start at ``root``, or at the list's folder. Empty lines,
+    lines that start with # and a header are left out, and so are, with one warning, videos that are not there. Raises
+    ValueError, naming file and line, for another label; FileNotFoundError when no video is there.
     """
     path = Path(path)
     root = path.parent if root is None else Path(root)
-    videos, labels, missing = [], [], []
-    for number, name, label in tqdm(
-        _read_rows(path), desc="looking for videos", leave=False, dynamic_ncols=True, delay=1
-    ):
-        if num_classes is not None and label >= num_classes:
-            raise ValueError(f"{path}:{number}: got label {label}, allowed: 0 to {num_classes - 1}")
+    rows, videos, labels, missing = _read_rows(path), [], [], []
+    if known is None:
+        found = sorted({label for _, _, label in rows})
+        known = {label: label if isinstance(label, int) else number for number, label in enumerate(found)}
+    for number, name, label in tqdm(rows, desc="looking for videos", leave=False, dynamic_ncols=True, delay=1):
+        if label not in known:
+            allowed = ", ".join(map(str, itertools.islice(known, SHOWN))) + (", ..." if len(known) > SHOWN else "")
+            raise ValueError(f"{path}:{number}: got label {str(label)[:LINE]!r}, allowed: {allowed}")
         video = str(root / name)
         if os.path.isfile(video):
             videos.append(video)
-            labels.append(label)
+            labels.append(known[label])
         else:
             missing.append(video)
     if missing:
-        names = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+        names = ", ".join(video[-LINE:] for video in missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
         summary = f"{path}: got {len(missing)} of {len(missing) + len(videos)} videos missing: {names}"
         if not videos:
             raise FileNotFoundError(f"{summary}, allowed: paths relative to {root}")
@@ -81,37 +102,54 @@ def read_csv(path, *, root=None, num_classes=None):
 
 
 def _read_rows(path):
-    """[(line number, path, label)] of a list of videos."""
-    rows = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        line = line.strip()
-        fields = [field.strip() for field in next(csv.reader([line]), [])]
-        if not line or line.startswith("#") or not rows and [field.lower() for field in fields] in HEADERS:
-            continue
-        if len(fields) not in (2, 3) or not _is_integer(fields[-1]):
-            fields = line.rsplit(maxsplit=1)
-        if len(fields) < 2 or not _is_integer(fields[-1]) or int(fields[-1]) < 0:
-            raise ValueError(
-                f"{path}:{number}: got {line!r}, allowed: 'path label', 'path,label' or 'path,pose,label'"
-                " with an integer label >= 0"
-            )
-        rows.append((number, fields[0], int(fields[-1])))
-    if not rows:
+    """[(line number, path, label)] of a list of videos; labels are all numbers or all names."""
+    lines = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if line.strip() and not line.strip().startswith("#") and (lines or not _is_header(line)):
+            lines.append((number, line.strip()))
+    if not lines:
         raise ValueError(f"{path}: got no videos, allowed: at least one line of path and label")
-    return rows
+    numbered = [_numbered(line) for _, line in lines]
+    commas = all(_split_at_commas(line) for _, line in lines)
+    named = [_named(line, commas=commas) for _, line in lines]
+    found = named if not all(numbered) and (all(named) or not numbered[0]) else numbered
+    for (number, line), row in zip(lines, found, strict=True):
+        if row is None or isinstance(row[1], int) and row[1] >= MOST_CLASSES:
+            raise ValueError(
+                f"{path}:{number}: got {line[:LINE]!r}, allowed: 'path label', 'path,label' or 'path,pose,label' with"
+                f" labels that are all names or all whole numbers from 0 to {MOST_CLASSES - 1:,}"
+            )
+    return [(number, *row) for (number, _), row in zip(lines, found, strict=True)]
 
 
-def _is_integer(text):
-    return text.isascii() and text.removeprefix("-").isdigit()
+def _is_header(line):
+    words = re.split(r"[\s,]+", line.strip().lower())
+    return len(words) in (2, 3) and words[0] in HEADER_PATHS and words[-1] in HEADER_LABELS
 
 
-def _read_text(path):
+def _split_at_commas(line):
+    """[path, label] of "path,label" or "path,pose,label", or None."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"list of videos: got {path}, which does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: got bytes that are not text ({error.reason}), allowed: UTF-8 text") from error
+        fields = [field.strip() for field in next(csv.reader([line]))]
+    except csv.Error:  # a field of more than 131,072 characters
+        return None
+    return [fields[0], fields[-1]] if len(fields) in (2, 3) and fields[0] and fields[-1] else None
+
+
+def _numbered(line):
+    """(path, number) of a line, or None."""
+    for fields in (_split_at_commas(line), line.rsplit(maxsplit=1)):
+        if fields and len(fields) == 2 and re.fullmatch("[0-9]{1,18}", fields[1]):
+            return fields[0], int(fields[1])
+    return None
+
+
+def _named(line, *, commas):
+    """(path, name) of a line, or None; commas: what stands between them, else white space."""
+    fields = _split_at_commas(line) if commas else line.rsplit(maxsplit=1)
+    if len(fields) < 2 or re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", fields[1], re.IGNORECASE):
+        return None
+    return tuple(fields)
 
 
 # Pixels ---------------------------------------------------------------------------------------------------------------
@@ -142,10 +180,11 @@ class VideoDataset:
     """Clips of videos as batches {"video": float32 in [-1, 1], "label": (B,) int64}.
 
     paths: n video files; labels: (n,) from 0; classes: their names. frames: F of a clip; sampling, stride: see
-    ``clip_positions``. jitter: (shortest, longest) short side in px that training scales a clip to before cutting out
-    ``image_size`` px at random, evaluation always to the shortest; None for image_size itself. flip: probability of a
-    mirrored clip. Evaluation sees temporal_views x spatial_views (1, or 3: both ends and the middle of the longer side)
-    clips of a video. workers: processes that decode, 0 for none. Raises ValueError for options that make no sense.
+    ``clip_positions``; target_fps: see ``clip_numbers``. jitter: (shortest, longest) short side in px that training
+    scales a clip to before cutting out ``image_size`` px at random, evaluation always to the shortest; None for
+    image_size itself. flip: probability of a mirrored clip. Evaluation sees temporal_views x spatial_views (1, or 3:
+    both ends and the middle of the longer side) clips of a video. workers: processes that decode, 0 for none. Raises
+    ValueError for options that make no sense.
 
     Videos that cannot be read end up in ``unreadable`` {path: reason}: evaluation leaves them out of its batches, and
     training takes another one that depends on nothing but (seed, index).
@@ -160,6 +199,7 @@ class VideoDataset:
         frames,
         sampling="uniform",
         stride=1,
+        target_fps=None,
         image_size=224,
         jitter=(256, 320),
         flip=0.5,
@@ -169,7 +209,7 @@ class VideoDataset:
     ):
         self.paths, self.labels = list(paths), np.asarray(labels, dtype=np.int64)
         self.classes, self.num_classes = list(classes), len(classes)
-        self.frames, self.sampling, self.stride = frames, sampling, stride
+        self.frames, self.sampling, self.stride, self.target_fps = frames, sampling, stride, target_fps
         self.image_size, self.flip = image_size, flip
         self.jitter = (image_size, image_size) if jitter is None else tuple(jitter)
         self.temporal_views, self.spatial_views, self.workers = temporal_views, spatial_views, workers
@@ -189,6 +229,8 @@ class VideoDataset:
             if value < least:
                 raise ValueError(f"{name}: got {value}, allowed: >= {least}")
         choose("sampling", self.sampling, SAMPLINGS)
+        if self.target_fps is not None and not 0 < self.target_fps <= 1000:
+            raise ValueError(f"target_fps: got {self.target_fps}, allowed: null, or above 0 up to 1,000")
         choose("spatial_views", self.spatial_views, (1, 3))
         if not self.image_size <= low <= high:
             raise ValueError(
@@ -246,8 +288,9 @@ class VideoDataset:
         if path in self.unreadable:
             return None
         options = {"frames": self.frames, "sampling": self.sampling, "stride": self.stride}
+        options |= {"target_fps": self.target_fps, "views": self.temporal_views, "rng": rng}
         try:
-            positions = clip_positions(frame_index(path).count, **options, views=self.temporal_views, rng=rng)
+            positions = clip_numbers(frame_index(path), **options)
             return torch.from_numpy(read_clip(path, positions.ravel())).movedim(-1, -3)
         except (ValueError, OSError) as error:
             self.unreadable[path] = str(error).removeprefix(f"{path}: ")

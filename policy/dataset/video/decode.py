@@ -9,21 +9,39 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from policy.dataset.image.decode import STRETCH
+
 SAMPLINGS = ("uniform", "strided")
+MOST_PIXELS = 2**26  # of a frame, twice those of 8K
+ROUNDED = 1e-3  # s, Matroska's unit of time: how far a time stamp may be from where a constant rate puts it
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # how Matroska and its main part begin
 
 
 class FrameIndex(NamedTuple):
     """count: frames of a video; times: their timestamps (count,) as shown, None where the file does not tell them;
-    keyframes: numbers, from 0 up, of frames that decoding can start at."""
+    keyframes: numbers, from 0 up, of frames that decoding can start at; end: the time after the last frame; unit: of
+    times, in s."""
 
     count: int
     times: np.ndarray | None
     keyframes: np.ndarray
+    end: int = 0
+    unit: float = 0
 
     def start_for(self, number):
         """The last keyframe that is not after frame ``number``."""
         return self.keyframes[np.searchsorted(self.keyframes, number, side="right") - 1]
+
+    def steps(self, rate):
+        """How many steps of 1 / ``rate`` s the video lasts, at least one."""
+        if self.times is None:
+            raise ValueError("target_fps: got a video without time stamps, allowed: null, or a container that has them")
+        return max(round(float(self.end - self.times[0]) * self.unit * rate), 1)
+
+    def shown_at(self, seconds):
+        """Numbers of the frames that are shown so many ``seconds`` (...) after the first one begins."""
+        times = self.times[0] + (seconds + ROUNDED) / self.unit
+        return np.searchsorted(self.times, times, side="right") - 1
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -36,20 +54,26 @@ def frame_index(path):
     """
     with _opened(path) as (container, stream):
         packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        packets = [(packet.pts, packet.is_keyframe, packet.is_corrupt) for packet in packets]
+        packets = [(packet.pts, packet.is_keyframe, packet.is_corrupt, packet.duration or 0) for packet in packets]
+        unit = float(stream.time_base)
     size = os.path.getsize(path)
-    if any(corrupt for _, _, corrupt in packets) or declared_size(path) > 1.05 * size:  # writers differ by some bytes
+    if (
+        any(corrupt for _, _, corrupt, _ in packets) or declared_size(path) > 1.05 * size
+    ):  # writers differ by some bytes
         raise ValueError(f"{path}: got a damaged or cut-off file, allowed: a whole video")
-    times, keys = [time for time, _, _ in packets], [time for time, key, _ in packets if key]
+    times, keys = [time for time, *_ in packets], [time for time, key, *_ in packets if key]
     if None in times or len(set(times)) < len(times):
         with _opened(path) as (container, stream):
-            count, times, keyframes = sum(1 for _ in container.decode(stream)), None, np.zeros(1, int)
+            index = FrameIndex(sum(1 for _ in container.decode(stream)), None, np.zeros(1, int))
     else:
-        count, times = len(times), np.sort(times)
+        last = max(((time, duration) for time, _, _, duration in packets), default=(0, 0))
+        times = np.sort(times)
+        lasts = max(last[1], int(np.median(np.diff(times))) if len(times) > 1 else 0)  # AVI says a unit, whatever it is
         keyframes = np.union1d(0, np.searchsorted(times, keys)).astype(int)
-    if count == 0:
+        index = FrameIndex(len(times), times, keyframes, last[0] + lasts, unit)
+    if index.count == 0:
         raise ValueError(f"{path}: got 0 frames, allowed: at least 1")
-    return FrameIndex(count, times, keyframes)
+    return index
 
 
 def declared_size(path):
@@ -92,10 +116,22 @@ def clip_positions(count, *, frames, sampling, stride=1, views=1, rng=None):
     return np.minimum(positions.astype(np.int64), count - 1)
 
 
+def clip_numbers(index, *, target_fps=None, **options):
+    """As ``clip_positions`` with its ``options``, for the video of a ``FrameIndex``.
+
+    target_fps: frames a second that the video is taken to have, whatever it has: of each step the frame shown then.
+    Raises ValueError for a video without time stamps.
+    """
+    if target_fps is None:
+        return clip_positions(index.count, **options)
+    return index.shown_at(clip_positions(index.steps(target_fps), **options) / target_fps)
+
+
 def read_clip(path, positions):
     """Frames number ``positions`` (F,), in any order and repeated at will, of a video as RGB: uint8 (F, h, w, 3).
 
-    Raises ValueError for positions that the video does not have, and for a file that cannot be decoded.
+    They are turned as the file says (its display matrix). Raises ValueError for positions that the video does not have,
+    and for a file that cannot be decoded.
     """
     index = frame_index(path)
     wanted = np.unique(positions).tolist()
@@ -107,11 +143,16 @@ def read_clip(path, positions):
     if len(found) < len(wanted):
         lost = next(number for number in wanted if number not in found)
         raise ValueError(f"{path}: got no frame {lost} of {index.count}, allowed: a video that can be decoded")
-    return np.stack([found[number] for number in positions])
+    pictures = {number: _upright(path, frame) for number, frame in found.items()}
+    sizes = {picture.shape[1::-1] for picture in pictures.values()}
+    if len(sizes) > 1:
+        named = " and ".join(f"{width} x {height}" for width, height in sorted(sizes))
+        raise ValueError(f"{path}: got frames of {named} px, allowed: of one size")
+    return np.stack([pictures[number] for number in positions])
 
 
 def _after_seeking(path, index, wanted):
-    """{number: (h, w, 3)} of the ``wanted`` numbers; some may be missing."""
+    """{number: frame} of the ``wanted`` numbers; some may be missing."""
     found = {}
     with _opened(path) as (container, stream), contextlib.suppress(av.error.FFmpegError):
         for keyframe, group in itertools.groupby(wanted, index.start_for):
@@ -124,7 +165,7 @@ def _after_seeking(path, index, wanted):
 
 
 def _from_the_start(path, index, wanted):
-    """{number: (h, w, 3)} of the ``wanted`` numbers; some may be missing."""
+    """{number: frame} of the ``wanted`` numbers; some may be missing."""
     with _opened(path) as (container, stream):
         frames = container.decode(stream)
         if index.times is None:
@@ -133,14 +174,32 @@ def _from_the_start(path, index, wanted):
 
 
 def _keep(frames, numbers):
-    """{number: (h, w, 3)} of the pairs (key, frame) whose key is in ``numbers`` {key: number}, until all are there."""
+    """{number: frame} of the pairs (key, frame) whose key is in ``numbers`` {key: number}, until all are there."""
     found = {}
     for key, frame in frames:
         if key in numbers:
-            found[numbers[key]] = frame.to_ndarray(format="rgb24")
+            found[numbers[key]] = frame
             if len(found) == len(numbers):
                 break
     return found
+
+
+def _upright(path, frame):
+    """RGB (h, w, 3) of a frame as it is to be shown: its display matrix maps column and row to (a x + c y, b x + d y).
+
+    Raises ValueError for a matrix that turns by anything but quarters.
+    """
+    pixels, matrix = frame.to_ndarray(format="rgb24"), frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    ((a, b), (c, d)) = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].tolist()
+    if (a or d) and (b or c):
+        raise ValueError(
+            f"{path}: got frames to be turned by other than quarters, allowed: by 0, 90, 180 or 270 degrees"
+        )
+    if b or c:
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 @contextlib.contextmanager
@@ -151,6 +210,10 @@ def _opened(path):
             if not container.streams.video:
                 raise ValueError(f"{path}: got no pictures, allowed: a video")
             stream = container.streams.video[0]
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MOST_PIXELS or max(width, height) > STRETCH * min(width, height):
+                allowed = f"at most {MOST_PIXELS:,} px, a side {STRETCH:,} times the other"
+                raise ValueError(f"{path}: got frames of {width} x {height} px, allowed: {allowed}")
             stream.codec_context.thread_count = 1  # worker processes use the cores better than FFmpeg's threads
             yield container, stream
     except av.error.FFmpegError as error:

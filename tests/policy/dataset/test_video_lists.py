@@ -27,7 +27,7 @@ def test_lines_of_a_list(tmp_path, line, name, label):
 
 def test_empty_lines_comments_and_headers_are_left_out(tmp_path):
     (tmp_path / "a.mp4").touch()
-    for header in ("path,label", "Path, Label", "path,pose,label"):
+    for header in ("path,label", "Path, Label", "path,pose,label", "path label", "Video\tClass", "filename,label_id"):
         (tmp_path / "list.csv").write_text(f"\ufeff\n# ours\n{header}\n\na.mp4,1\n   \n#a.mp4,x\na.mp4,2\n", "utf-8")
         assert read_csv(tmp_path / "list.csv")[1].tolist() == [1, 2]
     (tmp_path / "list.csv").write_text("a.mp4,1\npath,label\n")
@@ -111,6 +111,84 @@ def test_names_of_classes(tmp_path):
         (tmp_path / "classes.txt").write_text(text)
         with pytest.raises(ValueError, match=place):
             open_videos(tmp_path, "train")
+
+
+NAMED = {
+    "commas": ("a.mp4,{}", ("make tea", "sit", "take 2")),
+    "poses": ("a.mp4,a.npy,{}", ("make tea", "sit", "$1")),
+    "spaces": ("a.mp4 {}", ("cat", "dog", "é")),
+    "header": ("path label\na.mp4 {}", ("cat", "dog", "数")),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_labels_may_be_names(tmp_path, kind):
+    """The sorted names of train.csv are the classes of training and of testing alike."""
+    (tmp_path / "a.mp4").touch()
+    line, (first, second, third) = NAMED[kind]
+    head, line = line.rpartition("\n")[0], line.rpartition("\n")[2]
+    (tmp_path / "train.csv").write_text("\n".join([head, *(line.format(name) for name in (third, first, second))]))
+    (tmp_path / "test.csv").write_text("\n".join([head, line.format(second)]))
+    classes = sorted((first, second, third))
+    for split, labels in (("train", (third, first, second)), ("test", (second,))):
+        _, found, names = open_videos(tmp_path, split)
+        assert names == classes and [names[label] for label in found] == list(labels)
+    (tmp_path / "test.csv").write_text(line.format(first) + "\n" + line.format("other"))
+    with pytest.raises(ValueError, match="test.csv:2: got label 'other'"):
+        open_videos(tmp_path, "test")
+    with pytest.raises(ValueError, match="num_classes: got 4"):
+        open_videos(tmp_path, "train", num_classes=4)
+    (tmp_path / "test.csv").write_text("a.mp4,0")  # which of the names would it be?
+    with pytest.raises(ValueError, match="test.csv:1: got label '0'"):
+        open_videos(tmp_path, "test")
+    (tmp_path / "classes.txt").write_text("\n".join((second, third, first)))
+    assert open_videos(tmp_path, "train")[1].tolist() == [1, 2, 0]
+    assert open_videos(tmp_path, "test")[1].tolist() == [0]
+
+
+@pytest.mark.parametrize("lines", [["a.mp4 1", "a.mp4 cat"], ["a.mp4 cat", "a.mp4 1"], ["a.mp4,cat", "a.mp4 dog"]])
+def test_lists_keep_to_one_kind_of_label(tmp_path, lines):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"train\.csv"):
+        open_videos(tmp_path, "train")
+
+
+BAD = {
+    "large label": b"a.mp4 1\na.mp4 500000000\n",
+    "larger label": b"a.mp4 1\na.mp4 " + b"9" * 10_000,
+    "long line": b"a.mp4 1\n" + b"a" * 10**7,
+    "long names": b"a.mp4 cat\n" + b"a," * 10**6 + b"1",
+    "zeros": bytes(1000),
+    "some zeros": b"a.mp4 1\n" + bytes(100),
+    "UTF-16": "a.mp4 1\n".encode("utf-16"),
+    "UTF-16 without a mark": "a.mp4 1\n".encode("utf-16-le"),
+    "Latin-1": "é.mp4 1\n".encode("latin-1"),
+    "empty": b"",
+    "blank": b" \n\n",
+}
+
+
+NO_TEXT = ("zeros", "some zeros", "UTF-16", "UTF-16 without a mark", "Latin-1", "empty", "blank")
+FILES = [(name, kind) for name in ("train.csv", "test.csv") for kind in BAD]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*FILES, *(("classes.txt", kind) for kind in NO_TEXT)])
+def test_lists_that_are_none_are_refused_in_one_short_line(tmp_path, name, kind):
+    (tmp_path / "a.mp4").touch()
+    for other in ("train.csv", "test.csv"):
+        (tmp_path / other).write_text("a.mp4 1")
+    (tmp_path / name).write_bytes(BAD[kind])
+    with pytest.raises(ValueError, match=name) as error:
+        open_videos(tmp_path, "test")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("num_classes", [0, -1, 2**40])
+def test_impossible_numbers_of_classes(tmp_path, num_classes):
+    (tmp_path / "train.csv").write_text("a.mp4 1")
+    with pytest.raises(ValueError, match="num_classes"):
+        open_videos(tmp_path, "train", num_classes=num_classes)
 
 
 # Which frames --------------------------------------------------------------------------------------------------------
