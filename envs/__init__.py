@@ -7,6 +7,7 @@ a config; an environment may also be named "module:attribute". A property ``stat
 """
 
 import importlib
+import inspect
 
 from envs.shared.checks import check_choice
 
@@ -30,16 +31,30 @@ def _load(kind, name, table, also=""):
     return getattr(importlib.import_module(module), attribute)
 
 
+def _make(key, factory, options):
+    """``factory`` called with ``options``; ValueError where it takes others."""
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"{key}: got {', '.join(options) or 'no options'}, allowed: those of its class ({error})"
+        ) from None
+    return factory(**options)
+
+
 def make_env(name, **options):
-    """The environment called ``name`` in the table, or an environment class "module:attribute" from anywhere."""
-    if ":" not in name:
-        return _load("task.env.name", name, ENVIRONMENTS, " or module:attribute")(**options)
+    """The environment called ``name`` in the table, or an environment class "module:attribute" from anywhere.
+
+    Importing such a module executes it: a name from a checkpoint goes through eval/shared/run_config.py first. Raises
+    ValueError for another name, another class or options that it does not take.
+    """
+    if not isinstance(name, str) or ":" not in name:
+        return _make("task.env", _load("task.env.name", name, ENVIRONMENTS, " or module:attribute"), options)
     module, attribute = name.split(":", 1)
     kind = getattr(importlib.import_module(module), attribute, None)
-    # Names come from checkpoints too, which must not call whatever they like.
     if not all(hasattr(kind, method) for method in ("reset", "observe", "step", "frame")):
         raise ValueError(f"task.env.name: got {name!r}, allowed: a class with reset, observe, step and frame")
-    return kind(**options)
+    return _make("task.env", kind, options)
 
 
 def close_env(env):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 def check_choice(key, name, choices, also=""):
     """Raise ValueError, which lists the ``choices`` and the nearest one, for a ``name`` that is none of them."""
-    if name not in choices:
+    if name not in list(choices):
         near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"{key}: got {name!r}{hint}, allowed: {', '.join(choices)}{also}")

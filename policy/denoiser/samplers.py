@@ -53,7 +53,7 @@ def ddpm_steps(timesteps, levels, after, prediction):
             **_clean(prediction, level),
             x_weight=alpha**0.5 * (1 - next_level) / (1 - level),
             clean_weight=next_level**0.5 * (1 - alpha) / (1 - level),
-            noise_weight=max(variance, 1e-20) ** 0.5 if t > 0 else 0.0,
+            noise_weight=max(variance, 1e-20) ** 0.5 if next_level < 1 else 0.0,
         )
 
 
@@ -116,7 +116,10 @@ class _Spaced:
 
 
 class SpacedDDPM(_Spaced, DDPMScheduler):
-    """diffusers' DDPM, see ``_Spaced``."""
+    """diffusers' DDPM, see ``_Spaced``; by itself it ends without noise at step 0 only, at others with 1e-10 of it."""
+
+    def _get_variance(self, t, **options):
+        return super()._get_variance(t, **options) * (t != self.timesteps[-1])
 
 
 class SpacedDDIM(_Spaced, DDIMScheduler):

@@ -315,5 +315,9 @@ def test_environments_from_anywhere():
     for name in ("os:system", "fake_env:Nothing", "fake_env:", "fake_env:FakeEnv:x"):
         with pytest.raises(ValueError, match=f"task.env.name: got '{name}'"):
             make_env(name, command="false")
-    with pytest.raises(ValueError, match="task.env.name.*module:attribute"):
-        make_env("fake")
+    for name in ("fake", None, 3, ["pusht"]):
+        with pytest.raises(ValueError, match="task.env.name.*module:attribute"):
+            make_env(name)
+    for name in ("pusht", "fake_env:FakeEnv"):
+        with pytest.raises(ValueError, match="task.env: got strength"):
+            make_env(name, strength=3)

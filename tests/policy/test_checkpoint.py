@@ -480,6 +480,35 @@ def test_a_configuration_of_another_size_than_its_weights_is_refused_before_it_i
     assert peak_memory() - before < 2e8
 
 
+PARTS = {  # where a configuration names a part of a registry
+    "model": ("model", "name"),
+    "encoder": ("encoder", "name"),
+    "timm's ViT": ("encoder", "arch"),
+    "attention": ("attention", "name"),
+    "denoiser": ("model", "denoiser", "name"),
+    "decoder": ("model", "decoder", "name"),
+    "sampler": ("model", "sampler", "name"),
+    "noise": ("model", "noise", "beta_schedule"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["foreign_part:Part", "hf-hub:someone/model", "os", ["a"], None], ids=str)
+def test_names_from_a_checkpoint_are_those_of_the_tables(tmp_path, monkeypatch, part, name):
+    """A module of that name, beside the user, is never imported, and nothing is downloaded."""
+    (tmp_path / "foreign_part.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path, model = policy_checkpoint(tmp_path / "x.safetensors", images=True, model={"decoder": {"name": "none"}})
+    config = load_checkpoint(path)[1]
+    *above, last = PARTS[part]
+    functools.reduce(lambda inner, key: inner[key], above, config)[last] = name
+    tiny.save(path, model, config)
+    with pytest.raises(ValueError, match="x.safetensors: got a configuration of no model"):
+        load_policy(path)
+    assert not (tmp_path / "executed").exists()
+
+
 # Loading a model -------------------------------------------------------------------------------------------------
 
 
