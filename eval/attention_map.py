@@ -16,6 +16,7 @@ from PIL import Image
 from envs import make_env
 from eval.attention.pictures import plot_attention, plot_coverage, plot_pattern
 from eval.shared.command import Parser, command
+from eval.shared.run_config import add_allow_import, env_of
 from policy import load_encoder
 from policy.attention import fibottention_mask, shuffle_heads, wythoff_offsets
 from policy.attention.fibottention import VARIANTS, FibottentionAttention
@@ -63,14 +64,14 @@ def encoder_weights(encoder, image):
 # Command -------------------------------------------------------------------------------------------------------------
 
 
-def observation(config, camera, *, image=None, seed):
+def observation(config, camera, *, image=None, seed, allow_import=False):
     """An observation of ``camera`` for the task of ``config``, uint8 (3, h, w).
 
     The picture file ``image``, resized, or without one what the simulator shows after ``reset(seed)``.
     """
     shape = tuple(config["task"]["shape_meta"]["obs"][camera]["shape"])
     if image is None:
-        env = make_env(**config["task"]["env"])
+        env = make_env(**env_of(config, allow_import=allow_import))
         env.reset(seed)
         return torch.from_numpy(np.ascontiguousarray(env.observe()[camera]))
     if not Path(image).is_file():
@@ -144,6 +145,7 @@ def main(argv=None):
         "--modified", action=argparse.BooleanOptionalAction, help="two more terms in front, default yes"
     )
     parser.add_argument("--output", type=Path, default=Path("attention_map"), help="folder of the pictures")
+    add_allow_import(parser)
     args = parser.parse_args(argv)
 
     geometry = {key: getattr(args, key) for key in GEOMETRY if getattr(args, key) is not None}
@@ -155,7 +157,7 @@ def main(argv=None):
     query = parse_query(args.query, grid)
     own = [pattern_of(block.attn, prefix_tokens + grid[0] * grid[1]) for block in encoder.vit.blocks]
     patterns = own if args.checkpoint else geometry_patterns(**{**GEOMETRY, **geometry})
-    raw = observation(encoder.config, camera, image=args.image, seed=args.seed)
+    raw = observation(encoder.config, camera, image=args.image, seed=args.seed, allow_import=args.allow_import)
     if (crop := encoder.config["crop"]) is not None:
         raw = crop_images(raw[None], crop)[0]  # the centre, as in evaluation
     weights = encoder_weights(encoder, raw.float() / 127.5 - 1.0)

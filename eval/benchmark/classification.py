@@ -12,6 +12,7 @@ from tqdm import tqdm
 from eval.shared.classify_plots import plot_confusion
 from eval.shared.intervals import rate_interval
 from eval.shared.overrides import ROOT
+from eval.shared.run_config import check_references
 from policy.build import ENCODER_LOADING, build_model
 from policy.checkpoint import LAST, load_checkpoint, load_encoder, load_encoder_weights, load_weights
 from policy.files import write_whole
@@ -31,6 +32,7 @@ def adopt_encoder(config, source, changes):
 
     changes: the command line's key=value, which go before. Raises ValueError for another choice of encoder.
     """
+    check_references(source.config, "encoder.init")
     changed = [change.split("=", 1)[0].lstrip("+") for change in changes]
     if "encoder" in changed:
         raise ValueError("encoder: got another one, allowed with encoder.init=RUN: its options, encoder.KEY=VALUE")

@@ -17,6 +17,7 @@ from eval.realtime.timing import report_timing
 from eval.rollout.loop import describe, write_results
 from eval.shared.command import Parser, command
 from eval.shared.machine import choose_device, describe_machine
+from eval.shared.run_config import add_allow_import, env_of
 from policy.checkpoint import load_policy
 from policy.denoiser.samplers import SAMPLERS
 
@@ -48,6 +49,7 @@ def main(argv=None):
     parser.add_argument("--videos", type=int, default=4, help="episodes to film, which takes time of the control loop")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--output", type=Path, default=None, help="default: realtime/NAME")
+    add_allow_import(parser)
     args = parser.parse_args(argv)
     options = {"mode": args.mode, "replan": args.replan, "warm_start": _share(args.warm_start)}
     device = choose_device(args.device)
@@ -68,7 +70,7 @@ def main(argv=None):
     try:
         summary, films, traces = realtime(
             policy,
-            policy.config["task"]["env"],
+            env_of(policy.config, allow_import=args.allow_import),
             rate=args.rate,
             episodes=args.episodes,
             seed=args.seed,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from eval.report.kinds import Kind, kind_of
+from eval.shared.run_config import check_references
 from policy.checkpoint import find_checkpoint, load_checkpoint
 
 SEEDS = ("seed", "training.seed")
@@ -148,10 +149,12 @@ def _read_config(path):
         loaded = OmegaConf.load(path)
     except YAMLError as error:
         raise ValueError(f"{path}: got no YAML ({' '.join(str(error).split())})") from None
+    plain = OmegaConf.to_container(loaded)
     try:
+        check_references(plain, path)  # of a foreign run: a report is for others to read
         return OmegaConf.to_container(loaded, resolve=True)
-    except OmegaConfBaseException:  # a composed one without its resolvers
-        return OmegaConf.to_container(loaded)
+    except (ValueError, OmegaConfBaseException):  # or a composed one without its resolvers
+        return plain
 
 
 def read_lines(path):

@@ -10,6 +10,7 @@ import torch
 
 from eval.rollout.loop import describe, loop_options, rollout, write_results
 from eval.shared.command import Parser, command
+from eval.shared.run_config import add_allow_import, env_of
 from policy.checkpoint import load_policy
 from policy.denoiser.samplers import SAMPLERS
 
@@ -30,6 +31,7 @@ def main(argv=None):
     parser.add_argument("--action-steps", type=int, default=None, help="executed steps of a chunk, default as trained")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=None, help="default: rollouts/NAME")
+    add_allow_import(parser)
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; allowed here: cpu")
@@ -42,11 +44,12 @@ def main(argv=None):
     )
     if args.action_steps is not None:
         policy.set_action_steps(args.action_steps)
+    env = env_of(policy.config, allow_import=args.allow_import)
     loop = loop_options(policy, num_envs=args.num_envs, workers=args.workers, batch=args.batch)
     start = time.perf_counter()
     summary, films = rollout(
         policy,
-        policy.config["task"]["env"],
+        env,
         episodes=args.episodes,
         seed=args.seed,
         videos=args.videos,

@@ -12,6 +12,9 @@ from tqdm import tqdm
 from envs.shared.workers import open_slots
 from eval.rollout.video import write_grid
 from eval.shared.intervals import mean_interval, rate_interval
+from policy.registry import within
+
+MOST_AT_ONCE = 10_000  # environments, processes and rows that a checkpoint may ask for
 
 
 class Running:
@@ -129,10 +132,16 @@ def write_results(output, summary, films, name="rollout"):
 
 
 def loop_options(policy, **given):
-    """Options of ``rollout``: those ``given`` that are not None, then those that the policy's own rollouts had."""
+    """Options of ``rollout``: those ``given`` that are not None, then those that the policy's own rollouts had.
+
+    Raises ValueError for numbers that cannot be meant.
+    """
     trained = policy.config.get("rollout", {})
     options = {key: trained[key] for key in given if key in trained}
-    return options | {key: value for key, value in given.items() if value is not None}
+    options |= {key: value for key, value in given.items() if value is not None}
+    for key, value in options.items():
+        within(0 if key == "workers" else 1, MOST_AT_ONCE, **{key: value})
+    return options
 
 
 def describe(summary):

@@ -31,7 +31,7 @@ def _sweep_dir(output):
 
 RESOLVERS = {
     "cores": lambda most: min(os.cpu_count() or 1, most),
-    "scaled": lambda base, batch_size: base * batch_size / 256,
+    "scaled": lambda base, batch_size: float(base) * batch_size / 256,
     "given": lambda value: value != "none",
     "stem": lambda path: Path(str(path)).name.split(".")[0],
 }

@@ -31,6 +31,7 @@ from eval.shared.machine import (
     fix_allocation,
 )
 from eval.shared.pages import markdown_page
+from eval.shared.run_config import add_allow_import, env_of
 from eval.shared.tables import markdown_table
 from eval.speed import decode as decode_speed
 from eval.speed import load as load_speed
@@ -115,7 +116,8 @@ def rollouts(args):
     policy = load_policy(args.checkpoint, args.device)
     loop = loop_options(policy, num_envs=args.num_envs, workers=args.workers, batch=None)
     settings = {**loop, "episodes": args.episodes, "seed": args.seed}
-    rows = measure_rollout(policy, policy.config["task"]["env"], **settings)
+    env = env_of(policy.config, allow_import=args.allow_import)
+    rows = measure_rollout(policy, env, **settings)
     what = f"{policy.config['task']['name']}, the same {args.episodes} seeds twice"
     _write(args, "rollout", "Speed of rollouts", what, settings, rows, rollout_cells(rows))
 
@@ -179,6 +181,7 @@ def main(argv=None):
     sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     sub.add_argument("--threads", type=int, help="CPU threads, default as torch chooses")
     sub.add_argument("--output", type=Path, default=Path("speed/rollout"), help="folder, default speed/rollout")
+    add_allow_import(sub)
 
     for name, (module, title) in WITH_OPTIONS.items():
         sub = part(name, title)

@@ -358,7 +358,7 @@ def checkpoint(tmp_path):
 
 def test_command(checkpoint, tmp_path, capsys):
     """Summary with all settings, video and picture; options are heeded."""
-    shared = ["--checkpoint", checkpoint, "--device", "cpu", "--rate", "200", "--seed", "100"]
+    shared = ["--checkpoint", checkpoint, "--device", "cpu", "--rate", "200", "--seed", "100", "--allow-import"]
     main([*shared, "--episodes", "2", "--videos", "1", "--output", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -385,7 +385,7 @@ def test_command_errors(checkpoint, tmp_path, capsys, monkeypatch):
     wrong = {"rate": "0", "warm-start": "half", "mode": "late", "sampler": "euler", "device": "tpu"}
     for option, value in wrong.items():
         with pytest.raises(SystemExit) as stop:
-            main(["--checkpoint", checkpoint, f"--{option}", value])
+            main(["--checkpoint", checkpoint, "--allow-import", f"--{option}", value])
         error = capsys.readouterr().err
         assert stop.value.code == 1 and option in error and error.startswith("error: ") and error.count("\n") == 1
 
@@ -394,5 +394,5 @@ def test_command_errors(checkpoint, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(command, "realtime", interrupt)
     with pytest.raises(SystemExit, match="interrupted"):
-        main(["--checkpoint", checkpoint, "--output", str(tmp_path / "out")])
+        main(["--checkpoint", checkpoint, "--allow-import", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -315,7 +315,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     """From a checkpoint file to summary.json and a video; --steps and --action-steps are heeded."""
     policy = tiny_policy()
     checkpoint = tiny.save(tmp_path / "run" / "checkpoints" / "last.safetensors", policy, config_of())
-    shared = ["--episodes", "3", "--seed", "100", "--num-envs", "2", "--device", "cpu"]
+    shared = ["--episodes", "3", "--seed", "100", "--num-envs", "2", "--device", "cpu", "--allow-import"]
     main(["--checkpoint", str(tmp_path / "run"), *shared, "--videos", "1", "--output", str(tmp_path / "out")])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     expected, _ = rollout(policy, ENV, episodes=3, seed=100)
@@ -352,7 +352,7 @@ def test_command_takes_the_loop_of_the_training_run(tmp_path, monkeypatch):
     ):
         path = tiny.save(tmp_path / "a.safetensors", tiny_policy(), config_of() | stored)
         seen.clear()
-        main(["--checkpoint", str(path), "--output", str(tmp_path / "out"), *arguments])
+        main(["--checkpoint", str(path), "--allow-import", "--output", str(tmp_path / "out"), *arguments])
         assert {key: seen[key] for key in loop if key in seen} == expected
         assert seen["episodes"] == 50 and seen["seed"] == 100_000 and seen["videos"] == 9
 

@@ -48,7 +48,7 @@ def test_the_command_writes_both_loops(tmp_path, capsys):
     config["task"] |= {"name": "fake", "env": ENV}
     config["rollout"] = {"seed": 100, "batch": 4, "num_envs": 2, "workers": 0}
     path = tiny.save(tmp_path / "policy.safetensors", tiny.policy(), config)
-    speed.main(["rollout", "--checkpoint", str(path), "--episodes", "3", "--output", str(tmp_path)])
+    speed.main(["rollout", "--checkpoint", str(path), "--allow-import", "--episodes", "3", "--output", str(tmp_path)])
     results = json.loads((tmp_path / "rollout.json").read_text())
     assert [row["num_envs"] for row in results["rows"]] == [1, 2] and results["settings"]["episodes"] == 3
     text = (tmp_path / "rollout.md").read_text()
