@@ -10,13 +10,13 @@ import os
 import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from tqdm import tqdm
 
 from envs.shared.files import locked, whole, write_whole
-from envs.shared.workers import start_worker
+from envs.shared.workers import deaf_children, start_worker
 
 NOTE = "arguments.json"
 BEGUN = re.compile(rf"lock|{NOTE}\.partial.*")  # what lies in OUTPUT.partial before anything was made
@@ -89,12 +89,18 @@ def _make_missing(paths, work, jobs, processes, unit, description):
                 bar.update()
             return
         processes = max(1, min(processes, len(missing)))
+        others = active_children()
         with ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_worker) as pool:
             try:
-                for future in as_completed([pool.submit(_make, *job) for job in missing]):
+                with deaf_children():
+                    futures = [pool.submit(_make, *job) for job in missing]
+                for future in as_completed(futures):
                     future.result()
                     bar.update()
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):  # the items at work are begun again by the next run
+                    for worker in set(active_children()) - set(others):
+                        worker.kill()
                 pool.shutdown(cancel_futures=True)  # else a stop would wait for all the items still queued
                 raise
 

@@ -8,7 +8,7 @@ import zarr
 from tqdm import tqdm
 
 from envs.shared.files import whole
-from envs.shared.workers import start_worker, usual_processes
+from envs.shared.workers import deaf_children, start_worker, usual_processes
 from envs.shared.zarr_files import ALL_CHUNKS, CHECKSUM
 
 CHUNK = 256  # frames drawn by one job and stored together
@@ -18,7 +18,9 @@ CODECS = {"filters": [numcodecs.Blosc("lz4", shuffle=numcodecs.Blosc.SHUFFLE)], 
 def in_processes(draw, jobs):
     """Yield ``draw(job)`` for each of ``jobs`` in order, computed by spawned processes, one a core."""
     processes = min(usual_processes(), len(jobs))
-    with multiprocessing.get_context("spawn").Pool(processes, initializer=start_worker) as pool:
+    with deaf_children():
+        pool = multiprocessing.get_context("spawn").Pool(processes, initializer=start_worker)
+    with pool:
         yield from pool.imap(draw, jobs)
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import wait
 from types import ModuleType
 
@@ -156,7 +156,7 @@ class Worker:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, settings), daemon=True)
-        with _light_start():
+        with _light_start(), deaf_children():
             self.process.start()
         theirs.close()  # so that the death of the process closes the pipe
         self.heard = time.monotonic()
@@ -209,14 +209,24 @@ def usual_processes():
     return min(os.cpu_count() or 1, 8)
 
 
+@contextmanager
+def deaf_children():
+    """Processes that are started in here never hear Ctrl-C, not even while they import: their parent answers it."""
+    resource_tracker.ensure_running()  # which would unblock the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def start_worker():
-    """Prepares a worker process: only the parent answers Ctrl-C, and a killed parent ends its workers."""
+    """Prepares a worker process, which a killed parent ends."""
 
     def follow_parent():
         parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=follow_parent, daemon=True).start()
 
 

@@ -5,7 +5,9 @@ network, the last line says what to fetch by hand and where it belongs.
 """
 
 import argparse
+import fcntl
 import os
+import shutil
 import sys
 import zipfile
 import zlib
@@ -52,6 +54,10 @@ def fetch(url, partial):
     from huggingface_hub.file_download import http_get  # from any server
 
     with open(partial, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else the bytes of two would be mixed
+        except BlockingIOError as error:
+            raise OSError("another process is fetching it") from error
         done = file.tell()
         try:
             http_get(url, file, resume_size=done)
@@ -63,12 +69,18 @@ def fetch(url, partial):
 def unpack(archive, member, target):
     """Put the file or folder ``member`` of the zip file ``archive`` at ``target``, all of it or nothing.
 
-    Raises ValueError for a file that is no zip, is damaged or lacks ``member``.
+    Raises ValueError for a file that is no zip, is damaged or lacks ``member``, and OSError without room for it.
     """
     with whole(target, shared=True) as place:
         folder = place.with_name("archive")
         try:
             with zipfile.ZipFile(archive) as file:
+                needed = sum(member.file_size for member in file.infolist())
+                free = shutil.disk_usage(place.parent).free
+                if needed > free:
+                    raise OSError(
+                        f"{target}: got {free / 1e9:.2f} GB free, allowed: {needed / 1e9:.2f} GB to unpack it"
+                    )
                 file.extractall(folder)  # compares checksums, and writes nothing outside of the folder
                 top = sorted({name.split("/")[0] for name in file.namelist()})
         except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, zlib.error) as error:
@@ -127,6 +139,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
     print(f"already there: {path}" if present else f"wrote {path}")
     if path.suffix == ".hdf5":
         images = path.with_name(path.name.replace("demo", "image"))

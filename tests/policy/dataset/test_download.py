@@ -1,8 +1,10 @@
 """The download program against a server in this process: whole, interrupted, damaged and impossible downloads."""
 
+import fcntl
 import functools
 import http.server
 import io
+import shutil
 import threading
 import time
 import zipfile
@@ -12,6 +14,7 @@ import h5py
 import pytest
 from paths import ROOT
 
+from policy.dataset import download
 from policy.dataset.download import DATA_SETS, DataSet, main
 
 MEMBER = "pusht/demos.zarr"
@@ -205,3 +208,35 @@ def test_without_a_network_one_line_says_what_to_do_by_hand(server, tmp_path, ca
 def test_unknown_names_list_the_known_ones(capsys):
     code, _, (error,) = call(capsys, "push")
     assert code == 1 and "'pusht'" in error and "tool_hang_ph" in error
+
+
+def test_two_at_once_do_not_mix_their_bytes(server, tmp_path, capsys):
+    partial = tmp_path / f"{MEMBER}.download"
+    partial.parent.mkdir()
+    with open(partial, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code, _, (error,) = call(capsys, "demos", "--output", tmp_path)
+        assert code == 1 and "another process" in error and server.asked == []
+    assert call(capsys, "demos", "--output", tmp_path)[0] == 0 and contents(tmp_path) == FILES
+
+
+def test_an_archive_that_unpacks_to_more_than_there_is_room_for_is_kept_packed(server, tmp_path, capsys, monkeypatch):
+    free = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: free._replace(free=1000))
+        code, _, (error,) = call(capsys, "demos", "--output", tmp_path)
+    assert code == 1 and "to unpack" in error and contents(tmp_path) == {f"{MEMBER}.download": server.content}
+    assert call(capsys, "demos", "--output", tmp_path)[0] == 0 and contents(tmp_path) == FILES
+
+
+def test_ctrl_c_is_one_line_and_the_next_call_goes_on(server, tmp_path, capsys, monkeypatch):
+    def interrupted(url, partial):
+        partial.write_bytes(server.content[:1000])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "fetch", interrupted)
+        code, _, errors = call(capsys, "demos", "--output", tmp_path)
+    assert code == 130 and errors == []
+    assert call(capsys, "demos", "--output", tmp_path)[0] == 0 and server.asked == ["bytes=1000-"]
+    assert contents(tmp_path) == FILES

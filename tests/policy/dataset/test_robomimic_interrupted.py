@@ -146,3 +146,22 @@ def test_askers_at_once_get_one_complete_result(tmp_path, capsys):
         results = list(pool.map(ask, range(4)))
     assert results == [(results[0][0], True)] * 4 and [path.name for path in cache.iterdir()] == [results[0][0].name]
     assert capsys.readouterr().out.count("converting 400 frames") == 1
+
+
+def test_ctrl_c_is_one_line_and_the_next_call_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(robomimic, "BLOCK_BYTES", 1)
+    source, output = make_hdf5(tmp_path / "in.hdf5", lengths=(100,)), tmp_path / "out.zarr"
+    read_block = robomimic._read_block
+
+    def interrupted(file, layout, key, start, *others):
+        if start:
+            raise KeyboardInterrupt
+        return read_block(file, layout, key, start, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(robomimic, "_read_block", interrupted)
+        code, _, errors = call(capsys, source, output)
+    assert code == 130 and errors == [] and not output.exists()
+    code, out, _ = call(capsys, source, output)
+    assert code == 0 and "after 64 of 100 frames" in out
+    assert contents(output) == contents(convert(source, tmp_path / "whole.zarr"))
