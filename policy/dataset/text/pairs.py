@@ -1,6 +1,7 @@
 """Pairs of sentences in two languages: from two files or the embedded ones, cut into parts, as padded batches."""
 
 import lzma
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def embedded_pairs(count, *, seed):
 
 
 def read_pairs(source, target):
-    """[(source, target)] of the lines of two UTF-8 files; pairs with an empty side are left out.
+    """[(source, target)] of the lines of two UTF-8 files; a warning counts the pairs with an empty side, left out.
 
     Raises OSError, or ValueError for files that do not have the same number of lines or have none.
     """
@@ -35,10 +36,12 @@ def read_pairs(source, target):
     if len(lines[0]) != len(lines[1]):
         raise ValueError(f"source, target: got {len(lines[0])} and {len(lines[1])} lines, allowed: the same number")
     pairs = [(one.strip(), other.strip()) for one, other in zip(*lines, strict=True)]
-    pairs = [pair for pair in pairs if all(pair)]
-    if not pairs:
+    full = [pair for pair in pairs if all(pair)]
+    if not full:
         raise ValueError(f"source, target: got {source} and {target} without a pair, allowed: at least one")
-    return pairs
+    if len(full) < len(pairs):
+        warnings.warn(f"{source}: {len(pairs) - len(full):,} of {len(pairs):,} pairs have an empty side", stacklevel=2)
+    return full
 
 
 def open_pairs(source, target, *, count, seed):

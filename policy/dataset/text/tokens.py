@@ -7,7 +7,8 @@ from policy.files import write_whole
 from policy.registry import choose
 
 KINDS = ("byte", "bpe")
-CHUNK = 10_000  # lines that are encoded at a time
+CHUNK = 2_000_000  # characters that are encoded at a time, for which the library needs about 250 bytes each
+LONGEST_LINE, LONGEST_WORD = 1_000_000, 100_000  # characters; byte pairs of longer words take hours
 
 
 class ByteTokens:
@@ -49,7 +50,7 @@ class BytePairTokens:
         tokenizer.decoder = library.decoders.ByteLevel()
         alphabet = library.pre_tokenizers.ByteLevel.alphabet()
         trainer = library.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-        lines = (line for text in texts for line in text.splitlines(keepends=True))
+        lines = (line for text in texts for line in _lines(text))
         tokenizer.train_from_iterator(
             tqdm(lines, desc="byte pairs", unit="line", leave=False, dynamic_ncols=True), trainer
         )
@@ -57,11 +58,10 @@ class BytePairTokens:
 
     def encode(self, text):
         """(n,) uint16 or uint32."""
-        lines, parts = text.splitlines(keepends=True), []
+        parts, chunks = [], list(_chunks(_lines(text)))
         dtype = np.uint16 if self.size <= 1 << 16 else np.uint32
-        starts = range(0, len(lines), CHUNK)
-        for start in tqdm(starts, desc="encoding", leave=False, disable=len(starts) < 10, dynamic_ncols=True):
-            found = self.tokenizer.encode_batch(lines[start : start + CHUNK])
+        for lines in tqdm(chunks, desc="encoding", leave=False, disable=len(chunks) < 10, dynamic_ncols=True):
+            found = self.tokenizer.encode_batch(lines)
             parts.append(np.array([number for line in found for number in line.ids], dtype))
         return np.concatenate(parts or [np.empty(0, dtype)])
 
@@ -79,6 +79,29 @@ class BytePairTokens:
     def save(self, run_dir):
         """Write tokens.json, in the library's own format, whole or not at all."""
         write_whole(run_dir / "tokens.json", self.tokenizer.to_str())
+
+
+def _lines(text):
+    """The lines of ``text``; ValueError for lines and words that byte pairs have no time for."""
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if len(line) > LONGEST_LINE or len(line) > LONGEST_WORD < max(map(len, line.split()), default=0):
+            allowed = f"{LONGEST_LINE:,} in words of {LONGEST_WORD:,}, or tokens=byte"
+            raise ValueError(f"tokens=bpe: got a line of {len(line):,} characters (line {number}), allowed: {allowed}")
+    return lines
+
+
+def _chunks(lines):
+    """Lists of ``lines`` in order, each of about CHUNK characters."""
+    chunk, size = [], 0
+    for line in lines:
+        chunk.append(line)
+        size += len(line)
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def learn_tokens(kind, texts, *, size):

@@ -57,7 +57,7 @@ def _classes(names, train, num_classes):
     """(names of the classes, {label: its number}) of the file ``names`` or, without it, of the labels in ``train``."""
     if names.exists():
         classes = read_text(names).strip().splitlines()
-        if "" in classes or len(set(classes)) < len(classes) or len(classes) > MOST_CLASSES:
+        if not classes or "" in classes or len(set(classes)) < len(classes) or len(classes) > MOST_CLASSES:
             allowed = f"one name a line, at most {MOST_CLASSES:,}"
             raise ValueError(f"{names}: got an empty or repeated name, or too many, allowed: {allowed}")
         numbers = range(len(classes))
