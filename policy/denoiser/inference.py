@@ -171,6 +171,7 @@ class ChunkSampler(nn.Module):
 
 def _noise_scheduler(noise):
     """diffusers' ``DDPMScheduler`` with the options ``noise``; ValueError where these give no falling signal."""
+    choose("noise.clip_sample", noise.get("clip_sample", True), (True, False))
     at_least(1, **{"noise.num_train_timesteps": noise.get("num_train_timesteps", 1000)})
     try:
         with torch.device("cpu"):  # whatever the default is, as where a model is built without memory

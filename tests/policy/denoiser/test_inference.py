@@ -6,6 +6,7 @@ import tiny
 import torch
 from policies import fitted, observations, seeded
 
+from policy.build import build_model
 from policy.denoiser.samplers import SAMPLERS, sampling_steps
 
 
@@ -167,6 +168,19 @@ def test_a_generator_for_every_row_or_one(count):
     policy = tiny.policy()
     with pytest.raises(ValueError, match="generator"):
         policy.sample(observations(policy), generator=[seeded()] * count)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [{"clip_sample": "yes"}, {"beta_schedule": "none"}, {"beta_schedule": "linear", "beta_end": 1.0}, {"betas": 3}]
+    + [{"beta_schedule": "linear", "beta_start": -1.0}, {"num_train_timesteps": 0}, {"prediction_type": "noise"}],
+    ids=str,
+)
+def test_noise_without_a_falling_signal_is_refused(noise):
+    config = tiny.policy_config()
+    config["model"]["noise"] |= noise
+    with pytest.raises(ValueError, match="noise"):
+        build_model(config)
 
 
 # Warm starts -------------------------------------------------------------------------------------------------------
