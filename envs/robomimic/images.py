@@ -83,12 +83,15 @@ def _load(env, model):
 def check_source(file, path):
     """(demo names, env_args) of an open file whose states can be drawn; ValueError says what it lacks."""
     names = demo_names(file, path)
+    if "env_args" not in file["data"].attrs:
+        raise ValueError(
+            f"{path}: data: got no attribute env_args, allowed: robomimic's; its convert_robosuite.py adds it to files"
+            " of robosuite"
+        )
     try:
         env_args = dict(json.loads(file["data"].attrs["env_args"]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: got no readable attribute env_args of data ({error}), allowed: robomimic's"
-        ) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: data: got no readable attribute env_args ({error}), allowed: robomimic's") from error
     try:
         check_env_args(env_args, [env_args.get("env_name")])  # its name is checked by who knows all of robosuite's
     except ValueError as error:

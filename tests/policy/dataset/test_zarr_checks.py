@@ -11,10 +11,12 @@ import numcodecs
 import numpy as np
 import pytest
 import zarr
+from robomimic_files import CAMERAS, make_hdf5
 
 from envs.shared.rendered_zarr import write_rendered
 from envs.shared.zarr_files import write_zarr
 from policy.dataset import ReplayBuffer
+from policy.dataset.robomimic import convert
 
 FRAMES, CHUNK = 30, 7
 SOURCES = {
@@ -226,7 +228,7 @@ def draw(job):
 
 
 def test_every_flipped_bit_of_what_we_write_is_found(tmp_path, monkeypatch):
-    """Pictures that were drawn, and arrays in general."""
+    """Pictures that were drawn, arrays in general, and what was converted."""
     monkeypatch.setattr("envs.shared.rendered_zarr.in_processes", lambda draw, jobs: map(draw, jobs))
     arrays = recorded()
     others = {"action": arrays["data/action"]}
@@ -234,17 +236,25 @@ def test_every_flipped_bit_of_what_we_write_is_found(tmp_path, monkeypatch):
     options = {"frames": FRAMES, "arrays": others, "episode_ends": ends, "description": None}
     write_rendered(tmp_path / "drawn.zarr", draw, [None], **options)
     write_zarr(tmp_path / "written.zarr", arrays, {})
+    convert(make_hdf5(tmp_path / "in.hdf5", lengths=(FRAMES,)), tmp_path / "converted.zarr")
+    converted = {
+        "image": {"source": CAMERAS[0], "shape": [3, 8, 8], "type": "rgb"},
+        "action": {**SOURCES["action"], "shape": [10]},
+    }
     rng = np.random.default_rng(0)
-    for path in (tmp_path / "drawn.zarr", tmp_path / "written.zarr"):
-        np.testing.assert_array_equal(read(path)["image"], arrays["data/img"], strict=True)
-        chunks = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".z")]
+    for path, sources in {"drawn.zarr": SOURCES, "written.zarr": SOURCES, "converted.zarr": converted}.items():
+        path = tmp_path / path
+        ReplayBuffer.open(path, sources)
+        names = ["meta/episode_ends", *(f"data/{spec['source']}" for spec in sources.values())]
+        folders = [path / name for name in names]
+        chunks = [file for folder in folders for file in folder.iterdir() if not file.name.startswith(".z")]
         assert len(chunks) == 3
         for chunk in chunks:
             content = chunk.read_bytes()
-            for position in rng.integers(len(content), size=20):
+            for position in rng.integers(len(content), size=8):
                 damaged = bytearray(content)
                 damaged[position] ^= 1 << rng.integers(8)
                 chunk.write_bytes(damaged)
                 with pytest.raises(ValueError, match="cannot be decoded"):
-                    read(path)
+                    ReplayBuffer.open(path, sources)
             chunk.write_bytes(content)
