@@ -23,8 +23,10 @@ from tqdm import tqdm
 from policy.attention.fibottention import FibottentionAttention
 from policy.checkpoint import find_checkpoint, load_checkpoint, load_policy, save_checkpoint
 from policy.files import whole
+from policy.registry import within
 
 GRAPHS_FORMAT = "fibottention-graphs-2"
+MOST_ROWS = 4096  # of a graph for a fixed number, which is traced with as many
 HALF_SIZE = 4096  # entries from which a tensor is stored in half precision; ranges of the normaliser stay exact
 
 
@@ -116,8 +118,8 @@ def export_graphs(run_or_checkpoint, output, *, sampler=None, steps=None, batch=
     """
     if output.suffix == ".onnx":
         _check_packages()
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch: got {batch}, allowed: at least 1")
+    if batch is not None:
+        within(1, MOST_ROWS, batch=batch)
     policy = load_policy(run_or_checkpoint)
     policy.set_sampler(sampler, steps)
     for module in policy.modules():
@@ -125,7 +127,7 @@ def export_graphs(run_or_checkpoint, output, *, sampler=None, steps=None, batch=
             module.backend = "dense"  # the sparse kernels are operators that no other runtime knows
     parts = _parts(policy, batch or 2)  # an example of one row would fix the number at one
     policy.requires_grad_(False)
-    return _write_together(output, parts, loop_numbers(policy), dynamic=batch is None)
+    return _write_together(output, parts, {**loop_numbers(policy), "batch": batch}, dynamic=batch is None)
 
 
 def loop_numbers(policy):

@@ -52,7 +52,8 @@ class BigBirdAttention(PrefixedAttention):
         block = min(max(MIN_BLOCK, 2 * self.radius), patches)
         windows = Windows((1, patches), (1, block), (0, self.radius))
         table = self.random_keys[:, :patches]
-        index = table.clamp(0, patches - 1)[None].expand(len(q), -1, -1, -1)  # (B, H, n, r)
+        # Not len(q), which would fix B in an export.
+        index = table.clamp(0, patches - 1)[None].expand(q.shape[0], -1, -1, -1)  # (B, H, n, r)
         q = q * q.shape[-1] ** -0.5
         near = windows.queries(q) @ windows.keys(k, prefix).transpose(-2, -1)  # (B, H, W, w, P+w')
         far = (_take(k[:, :, prefix:], index) @ q[..., None])[..., 0]
@@ -74,7 +75,7 @@ class BigBirdAttention(PrefixedAttention):
         if key_padding_mask is not None:
             tokens = ~key_padding_mask[:, None, self.prefix_tokens :, None].expand(-1, shape[1], -1, -1)
             far = far & _take(tokens, index)[..., 0]
-        near, far = (x.expand(len(far), *shape[1:], -1) for x in (near, windows.queries(far)))
+        near, far = (x.expand(far.shape[0], *shape[1:], -1) for x in (near, windows.queries(far)))
         return torch.cat([near, far], dim=-1)
 
 

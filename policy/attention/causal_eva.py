@@ -65,7 +65,8 @@ class CausalEVAAttention(MultiHeadAttention):
         self.chunk_size = _chunk_size(window_size, chunk_size, num_chunks, prefix_tokens + num_patches)
         self.reach = window_size if overlap else 0  # of the exact set, before the window
         self.summary = GroupTokens(self.proj.in_features // self.num_heads, adaptive_proj=adaptive_proj, share=1.0)
-        offsets = torch.arange(-self.reach, window_size) - torch.arange(window_size)[:, None]
+        with torch.device("cpu"):  # whatever the default is, as where a model is built without memory
+            offsets = torch.arange(-self.reach, window_size) - torch.arange(window_size)[:, None]
         self.bias = T5RelativePositionBias(self.num_heads, offsets[..., None], causal=True) if use_t5_rpe else None
 
     def attend(self, q, k, v, *, key_padding_mask=None, is_causal=True):

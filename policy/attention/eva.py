@@ -152,10 +152,10 @@ def _beyond(windows, groups, missing, real):
 
 
 def _offsets(windows):
-    """Places of each key from each query of a window (w, K, A), A = 1 for a sequence and 2 for an image."""
+    """Places of each key from each query of a window (w, K, A), A = 1 for a sequence, 2 for an image; on the CPU."""
     axes = list(zip(windows.window, windows.extension, strict=True))[0 if windows.grid[0] > 1 else 1 :]
-    queries = [torch.arange(size) for size, _ in axes]
-    keys = [torch.arange(-reach, size + reach) for size, reach in axes]
+    queries = [torch.arange(size, device="cpu") for size, _ in axes]
+    keys = [torch.arange(-reach, size + reach, device="cpu") for size, reach in axes]
     queries, keys = (torch.cartesian_prod(*places).reshape(-1, len(axes)) for places in (queries, keys))
     return keys - queries[:, None]
 

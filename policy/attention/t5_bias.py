@@ -30,7 +30,7 @@ def relative_position_bucket(offset, *, causal, num_buckets, max_distance):
 class T5RelativePositionBias(nn.Module):
     """A learned score for every head and bucket of distances, summed over the axes along which tokens lie.
 
-    offsets (w, K, A) of each key from each query along A axes, in tokens. Buckets: half as many as the reach (the
+    offsets (w, K, A), on the CPU, of each key from each query along A axes, in tokens. Buckets: half as many as the reach (the
     longest distance + 1), 16 at least and 64 at most. Tables start as normal numbers of deviation 0.02; scores of
     attention are divided by the root of the head width, this bias is not.
     """
@@ -40,8 +40,9 @@ class T5RelativePositionBias(nn.Module):
         reach = int(offsets.abs().max()) + 1
         rule = {"causal": causal, "num_buckets": max(min(reach // 2, 64), 16), "max_distance": max(reach, 16)}
         buckets = [relative_position_bucket(offset, **rule) for offset in range(-reach, reach + 1)]
-        self.register_buffer("buckets", torch.tensor(buckets)[offsets + reach], persistent=False)  # (w, K, A)
         self.table = nn.Parameter(0.02 * torch.randn(offsets.shape[-1], rule["num_buckets"], num_heads))
+        places = torch.tensor(buckets, device="cpu")[offsets + reach].to(self.table.device)
+        self.register_buffer("buckets", places, persistent=False)  # (w, K, A)
 
     def forward(self):
         """-> (H, 1, w, K) to be added to scores (B, H, W, w, K)."""
