@@ -11,15 +11,20 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from eval.shared.overrides import known_keys, task_folders
+from eval.shared.streams import lasting_streams
 from policy.registry import nearest
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, HydraException, OmegaConfBaseException)
 
 
 def command(main):
-    """Run ``main``; user errors become one line ``error: ...`` and exit code 1. DEBUG=1 shows the traceback."""
+    """Run ``main``; user errors become one line ``error: ...`` and exit code 1. DEBUG=1 shows the traceback.
+
+    Ctrl-C ends it with a line and exit code 130. Standard streams that are closed, or whose reader goes, end nothing.
+    """
 
     @functools.wraps(main)
+    @lasting_streams()
     def run(*args, **kwargs):
         try:
             return main(*args, **kwargs)
@@ -28,6 +33,9 @@ def command(main):
                 raise
             print(f"error: {_explain(error)}", file=sys.stderr)
             raise SystemExit(1) from None
+        except KeyboardInterrupt:
+            print("stopped by SIGINT", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return run
 
