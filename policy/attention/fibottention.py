@@ -105,13 +105,11 @@ def _mask_of_table(table, num_tokens, prefix_tokens, kept=None):
     """Attended pairs (H, P+N, P+N); with ``kept`` (B, n), the patch tokens that are there, (H, B, P+n, P+n)."""
     index = torch.arange(num_tokens, device=table.device) if kept is None else kept
     distance = index[..., None, :] - index[..., :, None]  # of the key from the query
-    size = prefix_tokens + index.shape[-1]
-    mask = torch.ones(len(table), *index.shape[:-1], size, size, dtype=torch.bool, device=table.device)
     real = torch.arange(1, table.shape[1], device=table.device) <= table[:, :1]
     attended = torch.zeros(len(table), 2 * num_tokens, dtype=torch.bool, device=table.device)
-    attended.scatter_(1, torch.where(real, table[:, 1:] + num_tokens, 0).long(), True)  # column 0 is no distance
-    mask[..., prefix_tokens:, prefix_tokens:] = attended[:, distance + num_tokens]
-    return mask
+    # Nothing in place, so that vmap may stack tables; column 0 is no distance.
+    attended = attended.scatter(1, torch.where(real, table[:, 1:] + num_tokens, 0).long(), True)
+    return F.pad(attended[:, distance + num_tokens], (prefix_tokens, 0, prefix_tokens, 0), value=True)
 
 
 def fibottention(
@@ -123,7 +121,9 @@ def fibottention(
     pair is set to 0 and still takes part in the softmax with weight exp(0); "exclude" gives it no weight.
     ``scale`` defaults to 1/sqrt(D). backend "dense" is the reference that forms all pairs; "cpu" and "triton" work on
     the attended pairs only, which under both rules gives the same result but for rounding; "auto" takes the one of
-    the device, and "dense", with a warning, where that one cannot. ``dropout_p`` acts on the attention weights.
+    the device, and "dense", with a warning, where that one cannot, as under the transforms of torch.func and for
+    forward-mode derivatives; second derivatives (``create_graph``) need "dense" and raise ValueError on the others.
+    ``dropout_p`` acts on the attention weights.
     ``table`` may hand in ``diagonal_table(offsets, N)`` on q's device so that a module makes it once.
 
     Raises ValueError for unknown options, shapes that do not fit, and what a named backend cannot do.

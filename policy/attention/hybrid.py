@@ -79,7 +79,9 @@ def linear_attention(q, k, v, key_padding_mask=None):
         if key_padding_mask is not None:
             k = k.masked_fill(key_padding_mask[:, None, :, None], 0)
         total = q @ k.sum(dim=2)[..., None]  # (B, H, T, 1)
-        out = q @ (k.transpose(-2, -1) @ v.to(dtype)) / total.clamp(min=torch.finfo(dtype).tiny)
+        # Not clamped, as gradients over the smallest number are inf, and NaN for all weights.
+        total = total.masked_fill(total < torch.finfo(dtype).tiny, 1.0)
+        out = q @ (k.transpose(-2, -1) @ v.to(dtype)) / total
     return out.to(v.dtype)
 
 

@@ -30,9 +30,9 @@ def relative_position_bucket(offset, *, causal, num_buckets, max_distance):
 class T5RelativePositionBias(nn.Module):
     """A learned score for every head and bucket of distances, summed over the axes along which tokens lie.
 
-    offsets (w, K, A), on the CPU, of each key from each query along A axes, in tokens. Buckets: half as many as the reach (the
-    longest distance + 1), 16 at least and 64 at most. Tables start as normal numbers of deviation 0.02; scores of
-    attention are divided by the root of the head width, this bias is not.
+    offsets (w, K, A) of each key from each query along A axes, in tokens, on the CPU. Buckets: half as many as the
+    reach (the longest distance + 1), 16 at least and 64 at most. Tables start as normal numbers of deviation 0.02;
+    scores of attention are divided by the root of the head width, this bias is not.
     """
 
     def __init__(self, num_heads, offsets, *, causal=False):

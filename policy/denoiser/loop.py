@@ -50,7 +50,7 @@ class DenoisingLoop:
             self._tables[key] = list(zip(*denoiser.step_films(timesteps), strict=True))  # [step][block] (2C,)
         tables = self._tables[key]
         if not (self.cuda_graph and condition.is_cuda):
-            return self._run(self._fastest(denoiser, start), start, noise, films, tables, steps)
+            return self._run(self._fastest(denoiser, start, films), start, noise, films, tables, steps)
         key = (key, start.shape)
         if key not in self._graphs:
             self._graphs[key] = GraphedCall(
@@ -67,9 +67,9 @@ class DenoisingLoop:
             self.clear()
             self._weights = Weights(denoiser)
 
-    def _fastest(self, denoiser, start):
+    def _fastest(self, denoiser, start, films):
         """The function (x, films) -> prediction that is fastest here for as many rows."""
-        if self.packed_weights is None or unsupported(denoiser, start) is not None:
+        if self.packed_weights is None or unsupported(denoiser, start, films) is not None:
             return denoiser.denoise
         if self._packed is None or self._packed.weights != self.packed_weights:
             self._packed = PackedUNet(denoiser, weights=self.packed_weights)

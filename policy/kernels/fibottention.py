@@ -7,6 +7,7 @@ import torch
 
 from policy.kernels import fibottention_cpu, fibottention_triton
 from policy.kernels.layout import empty_gradients, empty_output
+from policy.kernels.transforms import forward_mode, transform
 
 KERNELS = {"cpu": fibottention_cpu, "triton": fibottention_triton}
 
@@ -17,7 +18,9 @@ def backend_for(q):
 
 
 def why_not(backend, q, dropout_p):
-    """Why ``backend`` cannot evaluate for q (B, H, T, D), in words, or None."""
+    """Why ``backend`` cannot evaluate for q (B, H, T, D) now, in words, or None."""
+    if transform():
+        return f"transform: got {transform()}, allowed: backend=dense"
     if dropout_p:
         return f"dropout of attention weights: got {dropout_p}, allowed: 0 (it acts on unattended pairs, too)"
     return KERNELS[backend].why_not(q)
@@ -76,8 +79,21 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, _):
+    if forward_mode():
+        raise ValueError(f"second derivatives: got backend {ctx.options[-1]!r} under jvp, allowed: backend=dense")
     grads = sparse_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None, None, None)
 
 
 sparse_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def _refuse_second_derivatives(ctx, _):
+    raise ValueError(f"second derivatives: got backend {ctx.backend!r}, allowed: backend=dense")
+
+
+def _keep_backend(ctx, inputs, output):
+    ctx.backend = inputs[-1]
+
+
+sparse_backward.register_autograd(_refuse_second_derivatives, setup_context=_keep_backend)

@@ -23,6 +23,7 @@ from torch import nn
 from policy.denoiser.unet1d import ConditionalUNet1D
 from policy.kernels import unet1d_numba as kernels
 from policy.kernels.compile import openmp
+from policy.kernels.transforms import transform
 from policy.kernels.vector import LANES
 from policy.registry import choose
 
@@ -245,8 +246,8 @@ class _Plan:
 # The U-Net -------------------------------------------------------------------------------------------------------
 
 
-def unsupported(unet, actions):
-    """Why ``PackedUNet`` cannot stand in for ``unet.denoise`` at actions (B, T, Da), in words, or None."""
+def unsupported(unet, actions, films=()):
+    """Why ``PackedUNet`` cannot stand in for ``unet.denoise`` at actions (B, T, Da) and films, in words, or None."""
     if not isinstance(unet, ConditionalUNet1D):
         return f"denoiser: got {type(unet).__name__}, allowed: ConditionalUNet1D"
     parameter = next(unet.parameters())
@@ -257,7 +258,9 @@ def unsupported(unet, actions):
             return f"dtype: got {tensor.dtype}, allowed: torch.float32"
     if unet.training:
         return "mode: got training, allowed: evaluation"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (actions, *unet.parameters())):
+    if transform():
+        return f"transform: got {transform()}, allowed: none"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (actions, *films, *unet.parameters())):
         return "gradients: got enabled, allowed: torch.no_grad()"
     rows = actions.shape[0] * actions.shape[1]
     if rows > ROWS_LIMIT:

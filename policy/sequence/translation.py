@@ -93,10 +93,11 @@ class TranslationModel(nn.Module):
         logits = self.logits(batch["source"], target[:, :-1]).float().flatten(0, 1)
         labels = target[:, 1:].flatten()
         smoothing = self.label_smoothing if self.training else 0.0
-        loss = F.cross_entropy(logits, labels, ignore_index=self.padding, label_smoothing=smoothing)
+        options = {"ignore_index": self.padding, "label_smoothing": smoothing, "reduction": "sum"}
         real = labels != self.padding
+        count = real.sum().clamp(min=1)  # targets may be padding alone, of which the mean would be NaN
         right = (logits.argmax(dim=-1) == labels) & real
-        return {"loss": loss, "top1": right.sum() / real.sum()}
+        return {"loss": F.cross_entropy(logits, labels, **options) / count, "top1": right.sum() / count}
 
     def translate(self, source, *, beams=4, length_penalty=1.0):
         """The likeliest target that was found for each source (B, S): a list of lists of tokens, in evaluation mode."""

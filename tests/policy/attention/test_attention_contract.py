@@ -7,76 +7,21 @@ import pytest
 import timm
 import tiny
 import torch
-from omegaconf import OmegaConf
-from paths import ROOT
+from attentions import CONFIGS, DIM, HEADS, OPTIONS, build, configured, every_attention, every_name, padding, seeded
 
 from policy.attention import ATTENTIONS, build_attention, list_attentions
 from policy.attention.base import MultiHeadAttention
 
-CONFIGS = ROOT / "config" / "attention"
-# Options beside those of the configuration, on few tokens: small windows and groups, and what else is to be seen.
-OPTIONS = {
-    "bigbird": [{"window_radius": 1, "random_keys": 2, "global_tokens": 1}],
-    "causal_eva": [{"window_size": 4, "overlap": True, "chunk_size": 2, "use_t5_rpe": True}],
-    "eva": [
-        {"window_size": 2, "num_landmarks": 4, "overlap": True, "use_t5_rpe": True},
-        {"num_landmarks": 4, "attn_2d": False, "adaptive_proj": "none", "relative_position_bias": True},
-    ],
-    "fibottention": [{}, {"masked_score": "exclude"}],
-    "hybrid": [{"window_size": 2, "dilations": (1, 2)}, {"attn_2d": False}],
-    "lara": [{"num_landmarks": 4}, {"num_landmarks": 4, "mix": "vmixed", "proposal": "adaptive_1d"}],
-    "linformer": [{"rank": 8}],
-    "local": [{"window_size": 2}, {"window_size": 3, "overlap": True, "attn_2d": True, "relative_position_bias": True}],
-    "nystromformer": [{"num_landmarks": 4}, {"num_landmarks": 4, "conv_kernel": 3}],
-    "performer": [{}, {"num_features": 8, "proj_method": "relu", "cos_weighting": True}],
-    "ra": [{}, {"num_samples": 0}],
-    "scatterbrain": [{"window_size": 2}, {"attn_2d": True, "overlap": True, "relative_position_bias": True}],
-}
 # Known of these alone: all tokens are alike; places matter; places matter and tokens are summarised in segments.
 ALIKE = ("performer", "ra", "softmax")
 PLACED = ("bigbird", "causal_eva", "eva", "fibottention", "hybrid", "linformer", "local", "scatterbrain")
 SEGMENTED = ("lara", "nystromformer")
 UNNORMALISED = ("linformer", "nystromformer")  # whose weights need not sum to one
-DIM, HEADS = 24, 3
-
-every_name = pytest.mark.parametrize("name", list_attentions())
-every_attention = pytest.mark.parametrize(
-    ("name", "options"), [(name, options) for name in list_attentions() for options in OPTIONS.get(name, [{}])], ids=str
-)
-
-
-def configured(name):
-    """The options of config/attention/NAME.yaml, none where there is no such file."""
-    path = CONFIGS / f"{name}.yaml"
-    options = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {"name": name}
-    assert options.pop("name") == name  # the others in the folder are variants
-    return options
-
-
-def build(name, options=None, *, grid=(4, 4), prefix=1, seed=0):
-    torch.manual_seed(seed)
-    geometry = {"num_patches": grid[0] * grid[1], "grid": grid, "layer": 1, "depth": 3, "prefix_tokens": prefix}
-    options = {"dim": DIM, "num_heads": HEADS, **configured(name), **(options or OPTIONS.get(name, [{}])[0])}
-    return build_attention(name, **geometry, **options).eval()
 
 
 def weighed(module, weights, x):
     """What ``module`` must return for x (B, T, C) if it weighs its values with ``weights`` (B, H, T, T)."""
     return module.proj((weights @ module.split(x)[2]).transpose(1, 2).flatten(2))
-
-
-def seeded(attention, *args, **switches):
-    """A call that draws the same numbers every time."""
-    torch.manual_seed(5)
-    return attention(*args, **switches)
-
-
-def padding(*samples, tokens=17):
-    """key_padding_mask whose row for each of ``samples`` marks these tokens."""
-    mask = torch.zeros(len(samples), tokens, dtype=torch.bool)
-    for row, places in zip(mask, samples, strict=True):
-        row[places] = True
-    return mask
 
 
 @every_attention
@@ -200,6 +145,49 @@ def test_padding(name, options):
     assert (out[0] - attention(x)[0])[~mask[0]].abs().max() > 1e-4
     (gradient,) = torch.autograd.grad(out[~mask].square().sum(), x)
     assert gradient.isfinite().all() and (gradient[mask] == 0).all() and (gradient[~mask] != 0).any()
+
+
+@every_attention
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_row_of_padding_alone(name, options, autocast):
+    """Outputs and gradients are finite, and those of the other rows what they are beside a row of tokens."""
+    attention = build(name, options, grid=(1, 16))
+    x, weight = torch.randn(2, 3, 17, DIM).unbind()
+
+    def evaluate(last, **switches):
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attention(inputs, key_padding_mask=padding([3, 15, 16], [], last), **switches)
+        # Gradients of 10^4 too: divided by the smallest number they are inf.
+        gradients = torch.autograd.grad((1e4 * weight * out).sum(), [inputs, *attention.parameters()])
+        return out.detach(), *gradients
+
+    for switches in [{}] + [{"is_causal": True}] * attention.causal:
+        found, beside = (evaluate(last, **switches) for last in (range(17), []))
+        assert all(tensor.isfinite().all() for tensor in found)
+        assert all(torch.equal(got[:2], want[:2]) for got, want in zip(found[:2], beside[:2], strict=True))
+
+
+@every_attention
+@pytest.mark.parametrize("padded", [False, True])
+def test_exports_with_any_number_of_rows(name, options, padded):
+    attention, rows = build(name, options), {0: torch.export.Dim("rows", min=1)}
+    inputs = {"x": torch.randn(2, 17, DIM), "key_padding_mask": padding([3, 16], [])}
+    inputs = inputs if padded else {"x": inputs["x"]}
+    program = torch.export.export(attention, (), inputs, dynamic_shapes=dict.fromkeys(inputs, rows)).module()
+    for count in (1, 3):
+        inputs = {key: values[:1].repeat_interleave(count, dim=0) for key, values in inputs.items()}
+        torch.testing.assert_close(program(**inputs), attention(**inputs), rtol=1e-4, atol=1e-5)
+
+
+@every_attention
+def test_modules_without_memory(name, options):
+    """On the meta device names and shapes are known, as where a checkpoint is checked before it is read."""
+    with torch.device("meta"):
+        outline = build(name, options)
+    shapes = {key: tensor.shape for key, tensor in outline.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in build(name, options).state_dict().items()}
+    assert outline.qkv.weight.is_meta
 
 
 @every_attention

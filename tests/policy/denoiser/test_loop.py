@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from policies import fitted, observations, seeded
+from torch.autograd import forward_ad
 
 from policy.denoiser.loop import GraphedCall, Weights
 from policy.denoiser.samplers import SAMPLERS, diffusers_scheduler
@@ -117,6 +118,31 @@ def test_packed_weights_may_be_chosen_at_any_time():
         chunk = chunk_of(policy)
         assert torch.equal(chunk, chunks.setdefault(packed, chunk))
     assert not torch.equal(chunks["float32"], chunks["bfloat16"])
+
+
+def test_derivatives_of_the_loop_are_those_without_packed_weights():
+    """The kernels see no tangents and no gradients of the condition: torch is asked then."""
+    policy, _ = fitted()
+    policy.requires_grad_(False)
+    steps, shape = policy.sampling_steps(), (2, policy.horizon, policy.action_dim)
+    start, noise = policy.loop.draw(shape, steps, generator=seeded(), device="cpu")
+    condition, direction = torch.randn(2, policy.obs_steps * policy.encoder.out_dim), torch.ones_like(start)
+
+    def run(start, condition):
+        return policy.loop(policy.denoiser, condition, start, noise, steps)
+
+    found = []
+    for packed in ("float32", None):
+        policy.loop.packed_weights = packed
+        with forward_ad.dual_level():
+            out = run(forward_ad.make_dual(start, direction), condition)
+            tangents = [forward_ad.unpack_dual(out).tangent]
+        tangents.append(torch.func.jvp(lambda x: run(x, condition), (start,), (direction,))[1])
+        tangents.append(torch.func.vmap(lambda x: run(x, condition))(start[None])[0])
+        tangents += torch.autograd.grad(run(start, condition.requires_grad_()).sum(), condition)
+        found.append(tangents)
+    assert all(tangent.abs().max() > 1e-3 for tangent in found[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from policy.denoiser.unet1d import ConditionalUNet1D
 from policy.kernels import unet1d as unet1d_cpu
@@ -170,7 +171,7 @@ def test_packed_weights_are_a_copy():
 
 def test_what_is_not_supported():
     model = unet().requires_grad_(False)
-    actions, _ = inputs(model)
+    actions, films = inputs(model)
     rows = unet1d_cpu.ROWS_LIMIT // 8
     assert unsupported(model, actions) is unsupported(model, torch.zeros(rows, 8, 2)) is None
     for key, other, given in (
@@ -182,9 +183,15 @@ def test_what_is_not_supported():
         ("denoiser", torch.nn.Linear(2, 2).eval(), actions),
     ):
         assert unsupported(other, given).startswith(key)
+    with forward_ad.dual_level():
+        assert unsupported(model, actions).startswith("transform")
+    reasons = []
+    torch.func.vmap(lambda x: reasons.append(unsupported(model, x)) or x)(actions)
+    assert reasons[0].startswith("transform")
     with torch.enable_grad():
-        assert unsupported(model, actions) is None
+        assert unsupported(model, actions, films) is None
         assert unsupported(model, actions.clone().requires_grad_()).startswith("gradients")
+        assert unsupported(model, actions, [films[0].clone().requires_grad_()]).startswith("gradients")
         model.out[1].bias.requires_grad_()
         assert unsupported(model, actions).startswith("gradients")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy.attention import list_attentions
+from policy.attention import ATTENTIONS, list_attentions
 from policy.dataset.text.pairs import PairBatches, embedded_pairs, open_pairs, read_pairs, split_pairs
 from policy.dataset.text.tokens import ByteTokens
 from policy.sequence.search import beam_search
@@ -121,6 +121,33 @@ def test_padding_does_not_matter(attention):
         changed = net.logits(source, target)
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-10)
     torch.testing.assert_close(changed, together, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", list_attentions())
+@pytest.mark.parametrize("decoder", [name for name in list_attentions() if ATTENTIONS[name].causal])
+def test_a_source_of_padding_alone(attention, decoder):
+    """Scores and gradients are finite, and the other sentences' what they are beside another sentence."""
+    net = model(attention, decoder).float()
+    source, target = some_sources([3, 11, 6], net=net), torch.tensor([[net.start, 1, 2, 3]] * 3)
+    empty = source.clone()
+    empty[2] = net.padding
+    found = []
+    for sources in (source, empty):
+        read = [memory.keys for memory in net.encode(sources)]
+        scores = net.logits(sources, target)
+        gradients = torch.autograd.grad(1e4 * scores.sum(), list(net.parameters()))
+        assert all(tensor.isfinite().all() for tensor in (*read, scores, *gradients))
+        found.append(scores[:2])
+    assert torch.equal(*found)
+    assert len(net.translate(empty, beams=2)) == 3
+
+
+def test_targets_of_padding_alone_cost_nothing():
+    net = model()
+    losses = net({"source": some_sources([3, 5], net=net), "target": torch.full((2, 4), net.padding)}, {})
+    losses["loss"].backward()
+    assert losses["loss"] == losses["top1"] == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in net.parameters())
 
 
 def test_the_source_matters():
