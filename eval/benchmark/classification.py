@@ -19,6 +19,7 @@ from policy.files import write_whole
 from policy.training.batches import to_tensors
 from policy.training.protocols import Streaming
 
+MOST_CONFUSED = 1000  # classes; the file of a confusion grows with their square
 STARTS = (*ENCODER_LOADING, "pretrained")  # of an encoder: how its own run started
 
 
@@ -87,7 +88,9 @@ class Classification:
         self.notes = {"encoder": "random weights" if init == "none" else str(init)}
         if resume:
             self.notes["encoder"] = "as in the checkpoint"
-            weights = load_checkpoint(Path(run_dir) / "checkpoints" / LAST, prefix="model.")[0]
+            weights, stored, _ = load_checkpoint(Path(run_dir) / "checkpoints" / LAST, prefix="model.")
+            if stored.get("classes") != config.get("classes"):
+                raise ValueError(f"data: got classes {config['classes']}, allowed with resume: {stored['classes']}")
             load_weights(self.model, weights, str(run_dir))  # a frozen encoder's features are those of its run
         elif init != "none":
             source = source or load_source(init, config["camera"])
@@ -102,6 +105,11 @@ class Classification:
         self.val_data = None
         if not self.has_labels:
             self.val_data, self.evaluate = self.test_data, None
+
+    @staticmethod
+    def metrics(config):
+        """Of the test set; masked autoencoding has the held-out loss alone."""
+        return ("val_loss",) if config["mode"] == "pretrain" else ("top1", "top5", "test_loss")
 
     @property
     def has_labels(self):
@@ -150,7 +158,8 @@ class Classification:
         write_summary(self.run_dir, self.summary)
         self.draw_examples(trainer)
         use = f"python -m {self.command} --checkpoint {self.run_dir}"
-        return {"score": describe(self.summary), "pictures": self.run_dir / "confusion.png", "next": use}
+        pictures = self.run_dir if self.summary["confusion"] is None else self.run_dir / "confusion.png"
+        return {"score": describe(self.summary), "pictures": pictures, "next": use}
 
     def extra_results(self):
         """More of summary.json."""
@@ -215,12 +224,17 @@ def topk(scores, labels, k):
 
 
 def summarise(scores, labels, classes):
-    """What summary.json says of ``scores`` (n, K): top-1 with its 95 % interval, top-5, accuracy a class, confusion."""
-    predicted, count = scores.argmax(dim=1), len(labels)
+    """What summary.json says of ``scores`` (n, K): top-1 with its 95 % interval, top-5, accuracy a class, confusion.
+
+    The confusion (K, K) is None for more than MOST_CONFUSED classes.
+    """
+    predicted, count, size = scores.argmax(dim=1), len(labels), len(classes)
     right = int((predicted == labels).sum())
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
-    per_class = confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)
+    known = labels[predicted == labels].bincount(minlength=size)
+    per_class = known / labels.bincount(minlength=size).clamp(min=1)
+    confusion = None
+    if size <= MOST_CONFUSED:
+        confusion = (labels * size + predicted).bincount(minlength=size**2).unflatten(0, (size, size)).tolist()
     return {
         "top1": right / count,
         "top1_ci95": rate_interval(right, count),
@@ -228,15 +242,16 @@ def summarise(scores, labels, classes):
         "test_samples": count,
         "chance": (labels.bincount().max() / count).item(),  # always saying the most frequent class
         "per_class": dict(zip(classes, [round(value, 4) for value in per_class.tolist()], strict=True)),
-        "confusion": confusion.tolist(),
+        "confusion": confusion,
     }
 
 
 def write_summary(folder, summary):
-    """Write summary.json and confusion.png."""
+    """Write summary.json and, where there is a confusion, confusion.png."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "summary.json", json.dumps(summary, indent=1))
-    plot_confusion(folder / "confusion.png", np.array(summary["confusion"]), list(summary["per_class"]))
+    if summary["confusion"] is not None:
+        plot_confusion(folder / "confusion.png", np.array(summary["confusion"]), list(summary["per_class"]))
 
 
 def describe(summary):

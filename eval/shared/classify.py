@@ -13,8 +13,13 @@ from eval.benchmark.fit import fit
 from eval.benchmark.start import CHECKS
 from eval.shared.classify_plots import plot_comparison
 from eval.shared.compose import compose_at
+from eval.shared.folders import own_folder, result_name, results_folder
+from eval.shared.overrides import quoted
+from eval.shared.run_config import check_new
 from policy.checkpoint import load_model
+from policy.files import write_whole
 
+TESTED = {"image_classifier": ("image", image), "video_classifier": ("video", video)}
 RANDOM = "random"  # in place of a run: the architecture of the others with random weights
 PROBED = (RANDOM, "pretrained/pusht_policy.safetensors")  # without --encoder
 
@@ -55,17 +60,19 @@ def test(args):
     config = model.config
     if "classes" not in config:
         raise ValueError(f"--checkpoint: got a {config['model']['name']!r} run, allowed: a classifier")
-    if args.data:
-        config["data"] = args.data
-    opens = {"image_classifier": image.open_data, "video_classifier": video.open_data}
-    _, samples = opens[config["model"]["name"]](config)
+    kind, module = TESTED[config["model"]["name"]]
+    if args.data:  # an embedded task's run, or an older one, has no options of files
+        defaults = compose_at(f"base/{kind}_probe", [])
+        config = {key: defaults[key] for key in module.OF_FILES} | config | {"data": args.data}
+    _, samples = module.open_data(config)
     if list(samples.classes) != config["classes"]:
         raise ValueError(f"--data: got classes {samples.classes}, allowed: those of the training, {config['classes']}")
     scores, labels = predict(model, samples, next(model.parameters()).device)
-    output = args.output or Path("runs") / "tests" / f"{_stem(config['data'])}_{_now()}"
     summary = {"checkpoint": str(args.checkpoint), "data": config["data"], **summarise(scores, labels, samples.classes)}
+    print(f"{config['data']}: {describe(summary)}")  # before it is written, which can fail
+    output = results_folder(args.output, "runs/tests", args.checkpoint)
     write_summary(output, summary)
-    print(f"{config['data']}: {describe(summary)}\nresults: {output}")
+    print(f"results: {output}")
 
 
 def probe(args, kind):
@@ -76,18 +83,28 @@ def probe(args, kind):
     named = [name for name in names if name != RANDOM]
     sources = {name: load_source(name, args.camera) for name in named}
     like = sources[named[0]] if named else None
-    summaries, output = {}, args.output
-    for number, name in enumerate(names):
-        config = probe_config(kind, args, source=sources.get(name, like), init=name if name in sources else "none")
-        output = output or Path("runs") / "probes" / f"{_stem(config['data'])}_{_now()}"
-        folder = output / f"{number}_{Path(name).stem}" if len(names) > 1 else output
-        torch.manual_seed(config["seed"])
-        folder.mkdir(parents=True, exist_ok=True)
-        benchmark = build_benchmark(config, folder)
-        fit(benchmark, OmegaConf.create(config), folder)
-        summaries[name] = benchmark.summary
-    if len(names) > 1:
-        compare(summaries, output)
+    configs = {
+        name: probe_config(kind, args, source=sources.get(name, like), init=name if name in sources else "none")
+        for name in names
+    }
+    place = args.output or f"runs/probes/{_stem(configs[names[0]]['data'])}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    with own_folder(place, key="--output" if args.output else None) as output:
+        folders = [output / f"{number}_{result_name(name)}" for number, name in enumerate(names)]
+        folders = [output] if len(names) == 1 else folders
+        for folder in folders:
+            check_new(folder)
+        summaries = {name: _probe_one(configs[name], folder) for name, folder in zip(names, folders, strict=True)}
+        if len(names) > 1:
+            compare(summaries, output)
+
+
+def _probe_one(config, folder):
+    """The summary of a probe in ``folder``."""
+    torch.manual_seed(config["seed"])
+    folder.mkdir(parents=True, exist_ok=True)
+    benchmark = build_benchmark(config, folder)
+    fit(benchmark, OmegaConf.create(config), folder)
+    return benchmark.summary
 
 
 def probe_config(kind, args, *, source, init):
@@ -104,7 +121,7 @@ def probe_config(kind, args, *, source, init):
 
 def compare(summaries, run_dir):
     """Write comparison.json and comparison.png of several {name: summary}, and print them as a table."""
-    (run_dir / "comparison.json").write_text(json.dumps(summaries, indent=1))
+    write_whole(run_dir / "comparison.json", json.dumps(summaries, indent=1))
     plot_comparison(run_dir / "comparison.png", summaries)
     chance = next(iter(summaries.values()))["chance"]
     print(f"\n| encoder | top-1 | 95 % interval |\n|---|---|---|\n| chance | {chance:.1%} | |")
@@ -114,15 +131,5 @@ def compare(summaries, run_dir):
     print(f"results: {run_dir}")
 
 
-def quoted(text):
-    """``text`` as a value of hydra's grammar, whatever characters it has."""
-    escaped = str(text).replace("\\'", "\\\\'").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
 def _stem(data):
     return Path(data).name.split(".")[0]
-
-
-def _now():
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}"

@@ -5,6 +5,7 @@ import numpy as np
 from policy.training.pictures import BLACK, BLUE, GREY, RED, new_figure, picture_rows, save_png
 
 MOST_NAMED = 40  # classes beyond which a matrix carries no names
+LONGEST = 40  # characters of a name that are shown
 ACROSS = 8  # examples in a row
 
 
@@ -12,6 +13,7 @@ def plot_confusion(path, confusion, classes):
     """A PNG of ``confusion`` (K, K) counts, rows the true classes, coloured by their share of the row."""
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     named = len(classes) <= MOST_NAMED
+    classes = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in classes]
     side = 2 + 0.42 * len(classes) if named else 7
     margin = 0.085 * max(map(len, classes)) if named else 0.5  # of the names, which stand on two sides
     figure = new_figure(max(side + margin + 1.2, 4.5), max(side + 0.75 * margin, 3))

@@ -48,6 +48,8 @@ def png_of(picture, *, dpi=130, colours=None):
     """Bytes of the PNG of a figure or a PIL image; colours: so many at most, which makes a small file."""
     file = io.BytesIO()
     if hasattr(picture, "savefig"):
+        for text in picture.findobj(lambda part: hasattr(part, "set_parse_math") and "$" in part.get_text()):
+            text.set_parse_math(False)  # a name with dollars is no formula; no axis of ours has one
         picture.savefig(file, format="png", dpi=dpi)
         if colours is None:
             return file.getvalue()

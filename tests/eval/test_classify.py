@@ -15,7 +15,7 @@ from PIL import Image
 
 from eval import classify_image, classify_video
 from eval.benchmark import image
-from eval.benchmark.classification import predict, topk
+from eval.benchmark.classification import predict, summarise, topk, write_summary
 from eval.benchmark.demonstrations import start_encoder
 from policy.build import build_model
 from policy.checkpoint import load_encoder, load_model
@@ -95,6 +95,43 @@ def test_from_scratch(scratch, tmp_path, capsys):
     assert "--data" in capsys.readouterr().err
 
 
+def test_names_of_classes_are_no_formulas(tmp_path):
+    """Folders may be called anything; pictures show it."""
+    names = (r"$\frac$", "$x$", "$a", "数" * 50)
+    rng = np.random.default_rng(0)
+    for name, number in itertools.product(names, range(3)):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture("red", rng)).save(tmp_path / "data" / name / f"{number}.png")
+    options = ["--output", tmp_path / "run", *SMALL, "image_size=16", "workers=0", "training.epochs=1", "resize=20"]
+    probe_images("--data", tmp_path / "data", "--encoder", "random", *options)
+    assert set(summary(tmp_path / "run")["per_class"]) == set(names)
+    for name in ("confusion.png", "examples.png"):
+        assert Image.open(tmp_path / "run" / name).size[0] > 100
+
+
+def test_many_classes_have_no_confusion(tmp_path):
+    """Its file grows with their square."""
+    labels = torch.arange(1200)
+    many = summarise(torch.eye(1200)[:, torch.arange(1200).roll(1)], labels, [str(label) for label in range(1200)])
+    assert many["confusion"] is None and many["top1"] == 0 and set(many["per_class"].values()) == {0}
+    write_summary(tmp_path, many)
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    few = summarise(torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 1, 2, 2]), list("abc"))
+    assert few["confusion"] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]] and few["per_class"] == {"a": 1, "b": 1, "c": 0.5}
+
+
+def test_results_are_not_overwritten(scratch, folder, tmp_path, monkeypatch, capsys):
+    """Two tests of one run have two folders; a probe refuses the folder of another."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        probe_images("--checkpoint", scratch)
+    assert len(list((tmp_path / "runs/tests").iterdir())) == 2
+    before = (scratch / "summary.json").read_bytes()
+    with pytest.raises(SystemExit):
+        probe_images("--data", folder, "--encoder", "random", "--output", scratch, "training.epochs=1")
+    assert "output" in capsys.readouterr().err and (scratch / "summary.json").read_bytes() == before
+
+
 def test_a_stopped_run_goes_on(scratch, tmp_path):
     """Nine of eighteen steps, then the rest: the same weights as in one go."""
     half = tmp_path / "half"
@@ -167,19 +204,22 @@ def test_pretraining_starts_a_classifier(folder, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["pusht_octant", "pusht_side"])
-def test_embedded_images(task, tmp_path, capsys):
-    """A few rendered scenes; a change that would alter their labels is refused."""
+def test_embedded_images(task, folder, tmp_path, capsys):
+    """A few rendered scenes; a change that would alter their labels is refused, and so is a test on other classes."""
     options = [f"embedded.{task}.frames=400", f"cache_dir={tmp_path}/cache", "training.epochs=1"]
     probe = ["--data", task, "--output", tmp_path / "run", "--encoder", "random"]
     probe_images(*probe, *options, *SMALL)
     assert len(summary(tmp_path / "run")["per_class"]) == 8
-    for change in ("augment.flip=0.5", "workers=2"):
+    for change in ("augment.flip=0.5", "workers=2", "resize=99"):
         with pytest.raises(SystemExit):
             door(task, change, *options)
         assert change.split("=")[0] in capsys.readouterr().err
     with pytest.raises(SystemExit):
         probe_images(*probe, f"embedded.{task}.pad=3", *options)
     assert f"embedded.{task}.pad" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        probe_images("--checkpoint", tmp_path / "run", "--data", folder)
+    assert "--data: got classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -235,13 +275,23 @@ def videos(tmp_path_factory):
     return root
 
 
+def test_labels_of_videos_may_be_names(videos, tmp_path):
+    """Without classes.txt the sorted names are the classes, of training and test alike."""
+    for split in ("train", "test"):
+        rows = (line.rsplit(" ", 1) for line in (videos / f"{split}.csv").read_text().splitlines())
+        lines = [f"{videos}/{name},{CLASSES[2 - int(label)]}" for name, label in rows]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["path,label", *lines]))
+    door("videos", f"data={tmp_path}", f"output={tmp_path}/run", *CLIPS, *SMALL, "training.max_steps=1")
+    assert list(summary(tmp_path / "run")["per_class"]) == sorted(CLASSES)
+
+
 CLIPS = ["image_size=16", "frames=2", "stride=2", "workers=0", "training.epochs=3", "training.batch_size=6"]
 
 
 @pytest.mark.parametrize("space_time", ["divided", "joint", "space"])
 def test_videos_from_scratch(videos, tmp_path, space_time, capsys):
     """Colours are learned; a video that cannot be read is counted and left out; the test repeats the result."""
-    options = [*CLIPS, *SMALL, f"model.space_time={space_time}", "base_lr=0.3", "spatial_views=3"]
+    options = [*CLIPS, *SMALL, f"model.space_time={space_time}", "base_lr=0.3", "spatial_views=3", "target_fps=10"]
     door("videos", f"data={videos}", f"output={tmp_path}/run", *options)
     found = summary(tmp_path / "run")
     assert found["test_samples"] == 9 and len(found["unreadable"]) == 2 and found["top1"] > 0.6
@@ -270,8 +320,8 @@ def test_embedded_clips(tmp_path, capsys):
     door("pusht_turn", f"output={tmp_path}/trained", "training.max_steps=1", *options)
     assert summary(tmp_path / "trained")["mode"] == "scratch"
     with pytest.raises(SystemExit):
-        door("pusht_turn", "flip=0.1", *options)
-    assert "flip" in capsys.readouterr().err
+        door("pusht_turn", "target_fps=10", *options)
+    assert "target_fps" in capsys.readouterr().err
 
 
 def make_turning(path):
