@@ -46,7 +46,8 @@ def plot_comparison(path, summaries):
         axes.annotate(f"{value:.1%}", (high, place), (6, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set(xlim=(0, 1.18), xticks=np.arange(0, 1.1, 0.2), ylim=(len(names) - 0.4, -0.6))
     axes.set_xlabel("top-1 accuracy on held-out samples, 95 % interval")
-    axes.set_yticks(range(len(names)), names)
+    ends = [name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}" for name in names]  # of paths
+    axes.set_yticks(range(len(names)), ends)
     axes.grid(alpha=0.3, axis="x")
     figure.legend(loc="outside upper right", frameon=False, fontsize=9)
     save_png(figure, path)

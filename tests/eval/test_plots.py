@@ -1,12 +1,17 @@
 """What pictures and tables share: labels that do not cover each other, tables as Markdown and HTML."""
 
+import numpy as np
 import pytest
 from matplotlib.text import Text
+from PIL import Image
+from run_folders import groups_of, write_run
 
+from eval.report.plots import plot_groups
+from eval.shared.classify_plots import plot_comparison, plot_confusion, plot_examples
 from eval.shared.pages import Section, html_page, markdown_page
 from eval.shared.plots import name_line_ends, name_points, spread_labels
 from eval.shared.tables import html_table, markdown_table, short, show_interval
-from policy.training.pictures import new_figure
+from policy.training.pictures import new_figure, png_of
 
 
 def test_labels_are_moved_apart_and_keep_their_order():
@@ -53,6 +58,44 @@ def test_names_at_the_ends_of_lines_cover_nothing():
     boxes = boxes_of(axes, ends)
     assert len(boxes) == 8 and all(box.x0 > axes.bbox.x1 for box in boxes.values())
     assert_apart(boxes.values())
+
+
+NAMES = (r"$\frac$", "$x$", r"a\$b", "$", "{x} %s", "a\nb", "n" * 300)
+
+
+def draw_confusion(path, names):
+    plot_confusion(path, np.eye(len(names), dtype=int), names)
+
+
+def draw_comparison(path, names):
+    plot_comparison(path, {name: {"top1": 0.5, "top1_ci95": [0.4, 0.6], "chance": 0.1} for name in names})
+
+
+def draw_examples(path, names):
+    images = np.zeros((len(names), 3, 8, 8))
+    plot_examples(path, images, range(len(names)), range(len(names))[::-1], names)
+
+
+def draw_groups(path, names):
+    for number, name in enumerate(names):
+        write_run(path.parent / str(number), **{"training.schedule": name})
+    path.write_bytes(plot_groups(groups_of(path.parent)))
+
+
+@pytest.mark.parametrize("draw", [draw_confusion, draw_comparison, draw_examples, draw_groups])
+def test_names_of_users_are_no_formulas(tmp_path, draw):
+    draw(tmp_path / "picture.png", list(NAMES))
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert min(picture.size) > 50 and max(picture.size) < 8000
+
+
+def test_dollars_are_drawn():
+    def png(text, **options):
+        figure = new_figure(3, 1)
+        figure.text(0.1, 0.5, text, **options)
+        return png_of(figure)
+
+    assert png("$x$") == png("$x$", parse_math=False) != png("x")
 
 
 def test_tables_are_escaped_and_keep_intervals_together():
