@@ -15,16 +15,19 @@ from paths import ROOT
 
 import envs.robomimic.hdf5_checks
 import envs.shared.files
+import envs.shared.numba_cache
 import envs.shared.zarr_checks
 import policy.dataset.robomimic.hdf5_checks
 import policy.dataset.zarr_checks
 import policy.files
+import policy.kernels.numba_cache
 
 BOTH = pytest.mark.parametrize("files", [policy.files, envs.shared.files], ids=["policy", "envs"])
 COPIES = [
     (policy.files, envs.shared.files),
     (policy.dataset.zarr_checks, envs.shared.zarr_checks),
     (policy.dataset.robomimic.hdf5_checks, envs.robomimic.hdf5_checks),
+    (policy.kernels.numba_cache, envs.shared.numba_cache),
 ]
 
 

@@ -10,6 +10,8 @@ import math
 import numpy as np
 from numba import njit
 
+from envs.shared.numba_cache import keep
+
 ARENA = 512.0
 AGENT_RADIUS = 15.0
 SUBSTEPS = 10
@@ -63,14 +65,19 @@ TARGET_GRID = 64.0  # targets are multiples of 1/64 px: exact in float32, and th
 SKIN = 1e-6  # px: points this close to the grown outline count as outside of it
 
 
-@njit(cache=True)
+def compiled(function):
+    """``function`` by numba, its code kept on disk where that is possible."""
+    return keep(njit(function))
+
+
+@compiled
 def to_world(x, y, pose):
     """Point (x, y) of the block frame in the world, px."""
     c, s = math.cos(pose[2]), math.sin(pose[2])
     return pose[0] + c * x - s * y, pose[1] + s * x + c * y
 
 
-@njit(cache=True)
+@compiled
 def to_block(x, y, pose):
     """World point (x, y) in the block frame, px."""
     c, s = math.cos(pose[2]), math.sin(pose[2])
@@ -78,7 +85,7 @@ def to_block(x, y, pose):
     return c * dx + s * dy, c * dy - s * dx
 
 
-@njit(cache=True)
+@compiled
 def goal_distance(x, y, angle):
     """Mean distance (px) of the 8 corners of the T at this pose to their places at the goal pose."""
     c, s = math.cos(angle), math.sin(angle)
@@ -92,7 +99,7 @@ def goal_distance(x, y, angle):
     return total / 8
 
 
-@njit(cache=True)
+@compiled
 def _clip(polygon, count, normal_x, normal_y, limit):
     """Part of a convex polygon with normal . p <= limit: vertices (12, 2) and their count."""
     out = np.empty((12, 2))
@@ -111,7 +118,7 @@ def _clip(polygon, count, normal_x, normal_y, limit):
     return out, kept
 
 
-@njit(cache=True)
+@compiled
 def coverage(x, y, angle):
     """Share in [0, 1] of the goal area that the T covers at this pose, as gym-pusht computes with shapely."""
     goal = (GOAL_X, GOAL_Y, GOAL_ANGLE)
@@ -137,7 +144,7 @@ def coverage(x, y, angle):
     return area / BLOCK_AREA
 
 
-@njit(cache=True)
+@compiled
 def clearance(x, y, pose):
     """Distance (px) of a world point to the T at `pose`; 0 inside."""
     u, v = to_block(x, y, pose)
@@ -149,7 +156,7 @@ def clearance(x, y, pose):
     return best
 
 
-@njit(cache=True)
+@compiled
 def agent_motion(targets, start, positions, velocities):
     """Motion of the agent under gym-pusht's PD control; the block does not act back on it.
 
@@ -168,7 +175,7 @@ def agent_motion(targets, start, positions, velocities):
         positions[i + 1, 0], positions[i + 1, 1] = x, y
 
 
-@njit(cache=True)
+@compiled
 def next_contact(positions, step, steps, x, y, angle):
     """First control step in [step, steps) in which the agent comes within 1 px of the T; `steps` if none."""
     for k in range(step, steps):
@@ -178,7 +185,7 @@ def next_contact(positions, step, steps, x, y, angle):
     return steps
 
 
-@njit(cache=True)
+@compiled
 def _inside_grown(u, v):
     for i in range(2):
         x0, y0, x1, y1 = GROWN_RECTANGLES[i]
@@ -187,13 +194,13 @@ def _inside_grown(u, v):
     return False
 
 
-@njit(cache=True)
+@compiled
 def _in_arena(u, v, pose):
     x, y = to_world(u, v, pose)
     return BORDER <= x <= ARENA - BORDER and BORDER <= y <= ARENA - BORDER
 
 
-@njit(cache=True)
+@compiled
 def _free_segment(ax, ay, bx, by):
     """Whether the segment a-b of the block frame stays out of the interior of the grown outline."""
     for i in range(2):
@@ -214,7 +221,7 @@ def _free_segment(ax, ay, bx, by):
     return True
 
 
-@njit(cache=True)
+@compiled
 def _leave_grown(u, v, pose):
     """Nearest point to (u, v) of the grown outline and in the arena; (u, v) itself when already outside."""
     if not _inside_grown(u, v):
@@ -231,7 +238,7 @@ def _leave_grown(u, v, pose):
     return best_u, best_v
 
 
-@njit(cache=True)
+@compiled
 def _corner_paths(u, v, pose):
     """Shortest distances (8,) from (u, v) to the grown corners and the corner (8,) before each, or -1."""
     distances, previous = np.full(8, np.inf), np.full(8, -1)
@@ -257,7 +264,7 @@ def _corner_paths(u, v, pose):
     return distances, previous
 
 
-@njit(cache=True)
+@compiled
 def _push_start(primitive, pose):
     """Point (block frame, px) where the push begins and its heading (block frame, rad)."""
     edge = int(primitive[0])
@@ -273,7 +280,7 @@ def _push_start(primitive, pose):
     return u, v, heading
 
 
-@njit(cache=True)
+@compiled
 def _approach(start, exit_u, exit_v, goal_u, goal_v, distances, previous):
     """Polyline start, exit point, corners, goal: points (12, 2) and their count, 0 if unreachable."""
     points = np.empty((12, 2))
@@ -302,7 +309,7 @@ def _approach(start, exit_u, exit_v, goal_u, goal_v, distances, previous):
     return points, count + 1
 
 
-@njit(cache=True)
+@compiled
 def _path_point(points, count, s, heading, curvature):
     """Point at arc length s (px) of the polyline, or of the circular arc that goes on from its end."""
     for i in range(count - 1):
@@ -322,7 +329,7 @@ def _path_point(points, count, s, heading, curvature):
     return u, v
 
 
-@njit(cache=True)
+@compiled
 def _write_targets(points, count, heading, primitive, pose, limits, targets):
     """Fills `targets` along approach and push; returns the control steps of the approach and in all.
 
@@ -355,7 +362,7 @@ def _write_targets(points, count, heading, primitive, pose, limits, targets):
     return approach_steps, steps
 
 
-@njit(cache=True)
+@compiled
 def primitive_targets(primitives, state, limits, max_steps):
     """Targets of contact primitives from one state.
 

@@ -11,7 +11,10 @@ import threading
 import zlib
 
 import torch
-from numba import cfunc
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
+
+from policy.kernels.numba_cache import keep
 
 
 def compile_function(function, signature, description):
@@ -19,12 +22,12 @@ def compile_function(function, signature, description):
     words = f"compiling {description} (once, some seconds) ..."
     patience = threading.Timer(1.0, print, [words], {"file": sys.stderr})
     patience.start()
+    compiled = keep(CFunc(function, normalize_signature(signature), {}, {"_nrt": False}))
     try:
-        return cfunc(signature, cache=True, _nrt=False)(function)
-    except RuntimeError:  # no folder that can be written to
-        return cfunc(signature, _nrt=False)(function)
+        compiled.compile()
     finally:
         patience.cancel()
+    return compiled
 
 
 @functools.cache

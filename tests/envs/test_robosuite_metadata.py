@@ -1,18 +1,12 @@
-"""env_args of every generation of robosuite, what is refused, and robosuites that cannot be used here."""
+"""env_args of every generation of robosuite, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from paths import ROOT
 from robosuite_args import old_style, standard
 
 pytest.importorskip("robosuite")
 
-
-from envs.robomimic import backend as robosuite_backend  # noqa: E402
 from envs.robomimic.env import RobosuiteEnv  # noqa: E402
 from envs.robomimic.metadata import OSC_POSE, make_arguments, same_model  # noqa: E402
 
@@ -79,42 +73,3 @@ def test_joint_controllers_take_no_absolute_poses():
     assert arguments["controller_configs"]["body_parts"]["right"]["type"] == "JOINT_POSITION"
     with pytest.raises(ValueError, match="task.env.actions"):
         make_arguments(standard(), actions="relative")
-
-
-def test_no_renderer_is_one_error_that_names_the_packages(monkeypatch):
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.setattr(robosuite_backend, "_failure", lambda name: f"no {name} here")
-    with pytest.raises(OSError) as caught:
-        robosuite_backend.choose_renderer()
-    message = str(caught.value)
-    assert "\n" not in message and "MUJOCO_GL" not in os.environ
-    for words in ("egl: no egl here", "osmesa: no osmesa here", "libegl1", "libosmesa6"):
-        assert words in message
-
-
-def test_the_second_renderer_is_taken_when_the_first_fails(monkeypatch, capsys):
-    monkeypatch.setenv("MUJOCO_GL", "")
-    monkeypatch.setattr(robosuite_backend, "_failure", lambda name: "broken" if name == "egl" else None)
-    assert robosuite_backend.choose_renderer() == "osmesa" == os.environ["MUJOCO_GL"]
-    assert capsys.readouterr().out.count("\n") == 1
-    assert robosuite_backend.choose_renderer() == "osmesa" and not capsys.readouterr().out
-
-
-@pytest.mark.parametrize("renderer", ["egl", ""])
-def test_without_robosuite_the_error_names_the_command(renderer):
-    program = """
-import sys
-sys.modules["robosuite"] = sys.modules["mujoco"] = None
-from envs.robomimic import backend
-backend._failure = lambda name: "ModuleNotFoundError: No module named 'mujoco'"
-from envs.shared.workers import open_slots
-from envs.robomimic.env import RobosuiteEnv
-try:
-    RobosuiteEnv(task="Lift")
-except ImportError as error:
-    print(error)
-"""
-    environment = {**os.environ, "MUJOCO_GL": renderer}
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert 'pip install -e ".[robomimic]"' in result.stdout and result.stdout.count("\n") == 1
