@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from yaml import YAMLError
 
-from eval.report.kinds import Kind, kind_of
+from eval.report.kinds import CURVES, KINDS, Kind, kind_of
 from eval.shared.run_config import check_references
 from policy.checkpoint import find_checkpoint, load_checkpoint
 
@@ -21,6 +21,10 @@ SEEDS = ("seed", "training.seed")
 OF_ONE_RUN = (*SEEDS, "output", "resume", "label", "wandb")  # keys, and sections, in which runs of one group may differ
 CONFIGS = ("resolved.yaml", "config.yaml")  # the first that is there counts
 ROLLOUT = {"score_mean", "success_rate", "score_ci95", "success_ci95", "episodes"}
+METRICS = [metric for kind in KINDS.values() for metric in kind.metrics]
+NUMBERS = {"step", "steps", "epoch", "steps_per_second", "minutes", "training_minutes", "parameters", *CURVES}
+NUMBERS |= {metric.key for metric in METRICS}
+INTERVALS = {metric.interval for metric in METRICS if metric.interval}
 ALLOWED = "a run (config.yaml, metrics.jsonl), a result (summary.json), or a folder that such ones lie in"
 
 
@@ -62,10 +66,11 @@ class Run:
 
     @cached_property
     def best(self):
-        """The line, of those that were evaluated, with the largest ``training.score``; or None."""
+        """The line, of those that were evaluated, with the best ``training.score``; or None."""
         key = self.options.get("training.score", self.kind.metrics[0].key)
         lines = [line for line in self.lines if key in line] or [self.summary] * (key in self.summary)
-        return max(lines, key=lambda line: line[key], default=None)
+        sign = -1 if key.endswith("loss") else 1
+        return max(lines, key=lambda line: sign * line[key], default=None)
 
     @property
     def steps(self):
@@ -147,7 +152,7 @@ def read_run(folder):
 def _read_config(path):
     try:
         loaded = OmegaConf.load(path)
-    except YAMLError as error:
+    except (YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: got no YAML ({' '.join(str(error).split())})") from None
     plain = OmegaConf.to_container(loaded)
     try:
@@ -159,16 +164,17 @@ def _read_config(path):
 
 def read_lines(path):
     """Lines of metrics.jsonl as dictionaries; a last one that a kill tore is ignored, another raises ValueError."""
-    texts, lines = path.read_text().splitlines(), []
+    texts, lines = path.read_text(errors="replace").splitlines(), []
     for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            line["step"], line["epoch"]
-        except (ValueError, KeyError, TypeError):
-            if number < len(texts):
-                raise ValueError(f"{path}: got {text[:40]!r} in line {number}, allowed: steps as JSON") from None
-        else:
+        line = sound_numbers(text)
+        if (
+            line is not None
+            and math.isfinite(line.get("step", math.nan))
+            and math.isfinite(line.get("epoch", math.nan))
+        ):
             lines.append(line)
+        elif number < len(texts):
+            raise ValueError(f"{path}: got {text[:40]!r} in line {number}, allowed: steps as JSON")
     return lines
 
 
@@ -181,14 +187,41 @@ def _rollout(folder, line):
 
 def read_summary(path):
     """summary.json of a rollout, a test or a finished run; raises ValueError for another or a damaged file."""
-    try:
-        summary = json.loads(path.read_text())
+    summary = sound_numbers(path.read_text(errors="replace"))
+    if summary is not None:
         known = kind_of(None, summary.keys()).metrics[0].key in summary
-        if known and (set(summary) >= ROLLOUT or "score_mean" not in summary):
+        if known and (set(summary) >= ROLLOUT - INTERVALS or "score_mean" not in summary):
             return summary
-    except (ValueError, TypeError, AttributeError):
-        pass
     raise ValueError(f"{path}: got another or a damaged file, allowed: summary.json of a run or a test")
+
+
+def sound_numbers(text):
+    """The JSON object ``text`` without what is null in it; None for another text, or one whose numbers are none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    found = {key: value for key, value in found.items() if value is not None}
+    shapes = {key: _is_number for key in NUMBERS} | {key: _is_interval for key in INTERVALS}
+    shapes |= {"episodes": _are_episodes, "checkpoint": lambda value: isinstance(value, str)}
+    return found if all(shapes[key](value) for key, value in found.items() if key in shapes) else None
+
+
+def _is_number(value):
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e18)
+
+
+def _is_interval(value):
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _are_episodes(value):
+    keys = ("seed", "success")
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and all(isinstance(row.get(key), int | float) for key in keys) for row in value
+    )
 
 
 def _options_of_result(summary):

@@ -235,6 +235,34 @@ def test_a_torn_last_line_is_ignored_and_another_one_is_not(tmp_path):
         read_lines(path)
 
 
+WRONG = ["x", [], {"a": 1}, True, 10**400]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=str)
+@pytest.mark.parametrize("key", ["step", "epoch", "train_loss", "score_mean", "steps_per_second"])
+def test_a_line_with_another_value_is_refused_by_its_number(tmp_path, key, value):
+    run = write_run(tmp_path / "run")
+    first, *others = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([json.dumps({**json.loads(first), key: value}), *others]))
+    with pytest.raises(ValueError, match="metrics.jsonl: got .*in line 1"):
+        read_lines(run / "metrics.jsonl")
+    (run / "metrics.jsonl").write_text("\n".join([first, "[" * 100_000]))  # torn
+    assert len(read_lines(run / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("value", [*WRONG, [1], [{"x": 1}]], ids=lambda value: str(value)[:9])
+@pytest.mark.parametrize("key", ["score_mean", "success_rate", "score_ci95", "episodes", "checkpoint", "parameters"])
+def test_a_result_with_another_value_is_left_out(tmp_path, key, value):
+    write_run(tmp_path / "run")
+    allowed = {"checkpoint": str, "episodes": tuple}.get(key, float)
+    for name, content in (("good", {}), ("bad", {key: value})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({**summary([0.5, 1.0]), **content}))
+    left_out = reported(tmp_path, tmp_path)[2]["left_out"]
+    good = isinstance(value, allowed) or value == [] and key == "episodes"
+    assert left_out == [] if good else [line for line in left_out if "bad/summary.json" in line]
+
+
 def test_runs_are_found_below_a_folder_once_and_in_order(tmp_path):
     for number in (10, 9):
         write_run(tmp_path / "sweep" / str(number), seed=number)
