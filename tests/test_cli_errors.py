@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from door import shell
@@ -165,7 +166,20 @@ def test_command_prints_one_line_for_a_users_error_only(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             main(error)
         assert stop.value.code == 1 and capsys.readouterr().err == "error: a b\n"
-    for error in (TypeError("ours"), AssertionError("ours"), KeyError("ours")):  # mistakes of the program keep theirs
+
+    def allocate(library):
+        library.empty(10**18)
+
+    for library in (np, torch):
+        with pytest.raises(SystemExit) as stop:
+            command(allocate)(library)
+        assert stop.value.code == 1 and capsys.readouterr().err.startswith("error: memory: got too little")
+    for error in (
+        TypeError("ours"),
+        AssertionError("ours"),
+        KeyError("ours"),
+        RuntimeError("ours"),
+    ):  # mistakes of the program keep theirs
         with pytest.raises(type(error)):
             main(error)
     monkeypatch.setenv("DEBUG", "1")

@@ -54,6 +54,7 @@ def main(argv=None):
         "seconds": args.seconds or SECONDS[args.quick],
         "limit": args.limit,
     }
+    args.output.mkdir(parents=True, exist_ok=True)  # what is wrong with it is said before minutes of measuring, too
     mechanisms = describe(configs, patches=COMPARED[0], dim=args.dim, heads=args.heads)
     results = {
         "command": shlex.join(["python", "-m", "eval.attention", *argv]),
@@ -95,7 +96,6 @@ def write(results, maps, folder):
         "gallery.png": plot_maps(*maps, **MAP),
     }
     pictures = {name: png for name, png in pictures.items() if png is not None}
-    folder.mkdir(parents=True, exist_ok=True)
     html, text = pages(results, pictures)
     files = {"results.json": json.dumps(results, indent=1), "results.csv": csv_text(results), "results.md": text}
     files |= {**pictures, "index.html": html}

@@ -16,9 +16,12 @@ from policy.registry import nearest
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, HydraException, OmegaConfBaseException)
 
+NO_MEMORY = re.compile("(can't|not enough|out of).*memory")  # torch has a class of its own on CUDA alone
+
 
 def command(main):
-    """Run ``main``; user errors become one line ``error: ...`` and exit code 1. DEBUG=1 shows the traceback.
+    """Run ``main``; user errors, and want of memory, become one line ``error: ...`` and exit code 1; DEBUG=1 shows the
+    traceback.
 
     Ctrl-C ends it with a line and exit code 130. Standard streams that are closed, or whose reader goes, end nothing.
     """
@@ -32,6 +35,12 @@ def command(main):
             if os.environ.get("DEBUG"):
                 raise
             print(f"error: {_explain(error)}", file=sys.stderr)
+            raise SystemExit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            if os.environ.get("DEBUG") or not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
+                raise
+            reason = " ".join(str(error).split()) or "no more can be had"
+            print(f"error: memory: got too little ({reason}), allowed: smaller sizes", file=sys.stderr)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("stopped by SIGINT", file=sys.stderr)
