@@ -12,8 +12,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
 
 from policy.dataset.stream import generators_restored, seed_generators, stream_batches
-from policy.registry import check_options, lookup
+from policy.registry import check_options, lookup, within
 
+LARGEST = 10_000  # px
 LARGE = 96  # px; from here on evaluation leaves out a margin, as on ImageNet
 
 
@@ -25,8 +26,7 @@ class ImageDataset:
     """
 
     def __init__(self, source, *, image_size, augment=None, workers=0, resize=None):
-        if workers < 0:
-            raise ValueError(f"workers: got {workers}, allowed: >= 0")
+        within(0, 1000, workers=workers)
         crop = evaluation_crop(image_size, resize)
         self._evaluation = transforms.Compose([crop, to_tensor])
         self._training = self._evaluation
@@ -77,12 +77,11 @@ def to_tensor(image):
 
 def evaluation_crop(image_size, resize=None):
     """Short side to ``resize`` px, then the centre; by default 256/224 of a large image_size, or else image_size."""
-    if image_size < 1:
-        raise ValueError(f"image_size: got {image_size}, allowed: >= 1")
+    within(1, LARGEST, image_size=image_size)
     if resize is None:
         resize = round(image_size * 256 / 224) if image_size >= LARGE else image_size
-    if resize < image_size:
-        raise ValueError(f"resize: got {resize}, allowed: at least the image_size {image_size}")
+    else:
+        within(image_size, LARGEST, resize=resize)
     return transforms.Compose([transforms.Resize(resize, InterpolationMode.BICUBIC), transforms.CenterCrop(image_size)])
 
 
@@ -115,8 +114,8 @@ def augmentation(
     if auto_augment is not None:
         steps += [_auto_augment(auto_augment, image_size)]
     if color_jitter is not None:
-        if color_jitter < 0:
-            raise ValueError(f"augment.color_jitter: got {color_jitter}, allowed: >= 0 or null")
+        if not 0 <= color_jitter <= 100:
+            raise ValueError(f"augment.color_jitter: got {color_jitter}, allowed: 0 to 100, or null")
         steps += [transforms.ColorJitter(color_jitter, color_jitter, color_jitter)]
     steps += [to_tensor]
     if erase:
@@ -125,10 +124,9 @@ def augmentation(
 
 
 def _resized_crop(image_size, crop_scale, _pad):
-    low, high = crop_scale
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"augment.crop_scale: got [{low}, {high}], allowed: two rising shares above 0, at most 1")
-    return RandomResizedCropAndInterpolation(image_size, scale=(low, high), interpolation="bicubic")
+    if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(f"augment.crop_scale: got {crop_scale}, allowed: two rising shares above 0, at most 1")
+    return RandomResizedCropAndInterpolation(image_size, scale=tuple(crop_scale), interpolation="bicubic")
 
 
 def _padded_crop(image_size, _crop_scale, pad):

@@ -91,7 +91,7 @@ class Zip(Tree):
     def _open(self):
         try:
             return zipfile.ZipFile(self.path)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError) as error:
             raise ValueError(f"{self.path}: got no whole zip ({error}), allowed: a folder or .zip of images") from error
 
     def identity(self, folder):

@@ -217,25 +217,16 @@ class VideoDataset:
         self._check()
 
     def _check(self):
-        low, high = self.jitter
-        limits = {
-            "frames": (self.frames, 1),
-            "stride": (self.stride, 1),
-            "image_size": (self.image_size, 1),
-            "temporal_views": (self.temporal_views, 1),
-            "workers": (self.workers, 0),
-        }
-        for name, (value, least) in limits.items():
-            if value < least:
-                raise ValueError(f"{name}: got {value}, allowed: >= {least}")
+        within(1, 10_000, frames=self.frames, image_size=self.image_size, temporal_views=self.temporal_views)
+        within(1, 10**9, stride=self.stride)
+        within(0, 1000, workers=self.workers)
         choose("sampling", self.sampling, SAMPLINGS)
         if self.target_fps is not None and not 0 < self.target_fps <= 1000:
             raise ValueError(f"target_fps: got {self.target_fps}, allowed: null, or above 0 up to 1,000")
         choose("spatial_views", self.spatial_views, (1, 3))
-        if not self.image_size <= low <= high:
-            raise ValueError(
-                f"jitter: got {low} to {high} px, allowed: null or image_size {self.image_size} px and more"
-            )
+        if len(self.jitter) != 2 or not self.image_size <= self.jitter[0] <= self.jitter[1] <= 10_000:
+            allowed = f"null or [shortest, longest], image_size {self.image_size} to 10,000"
+            raise ValueError(f"jitter: got {list(self.jitter)} px, allowed: {allowed}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip: got {self.flip}, allowed: 0 to 1")
         if len(self.paths) == 0 or len(self.paths) != len(self.labels):

@@ -19,12 +19,14 @@ EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # how Matroska and its
 
 class FrameIndex(NamedTuple):
     """count: frames of a video; times: their timestamps (count,) as shown, None where the file does not tell them;
-    keyframes: numbers, from 0 up, of frames that decoding can start at; end: the time after the last frame; unit: of
-    times, in s."""
+    keyframes: numbers, from 0 up, of frames that decoding can start at; matrix: (a, b, c, d), column and row go to
+    (a column + c row, b column + d row) where they are shown; end: the time after the last frame; unit: of times, in s.
+    """
 
     count: int
     times: np.ndarray | None
     keyframes: np.ndarray
+    matrix: tuple
     end: int = 0
     unit: float = 0
 
@@ -61,16 +63,17 @@ def frame_index(path):
         any(corrupt for _, _, corrupt, _ in packets) or declared_size(path) > 1.05 * size
     ):  # writers differ by some bytes
         raise ValueError(f"{path}: got a damaged or cut-off file, allowed: a whole video")
+    matrix = _display_matrix(path)
     times, keys = [time for time, *_ in packets], [time for time, key, *_ in packets if key]
     if None in times or len(set(times)) < len(times):
         with _opened(path) as (container, stream):
-            index = FrameIndex(sum(1 for _ in container.decode(stream)), None, np.zeros(1, int))
+            index = FrameIndex(sum(1 for _ in container.decode(stream)), None, np.zeros(1, int), matrix)
     else:
         last = max(((time, duration) for time, _, _, duration in packets), default=(0, 0))
         times = np.sort(times)
         lasts = max(last[1], int(np.median(np.diff(times))) if len(times) > 1 else 0)  # AVI says a unit, whatever it is
         keyframes = np.union1d(0, np.searchsorted(times, keys)).astype(int)
-        index = FrameIndex(len(times), times, keyframes, last[0] + lasts, unit)
+        index = FrameIndex(len(times), times, keyframes, matrix, last[0] + lasts, unit)
     if index.count == 0:
         raise ValueError(f"{path}: got 0 frames, allowed: at least 1")
     return index
@@ -130,7 +133,7 @@ def clip_numbers(index, *, target_fps=None, **options):
 def read_clip(path, positions):
     """Frames number ``positions`` (F,), in any order and repeated at will, of a video as RGB: uint8 (F, h, w, 3).
 
-    They are turned as the file says (its display matrix). Raises ValueError for positions that the video does not have,
+    They are turned as the file says. Raises ValueError for positions that the video does not have,
     and for a file that cannot be decoded.
     """
     index = frame_index(path)
@@ -143,16 +146,15 @@ def read_clip(path, positions):
     if len(found) < len(wanted):
         lost = next(number for number in wanted if number not in found)
         raise ValueError(f"{path}: got no frame {lost} of {index.count}, allowed: a video that can be decoded")
-    pictures = {number: _upright(path, frame) for number, frame in found.items()}
-    sizes = {picture.shape[1::-1] for picture in pictures.values()}
+    sizes = {frame.shape[1::-1] for frame in found.values()}
     if len(sizes) > 1:
         named = " and ".join(f"{width} x {height}" for width, height in sorted(sizes))
         raise ValueError(f"{path}: got frames of {named} px, allowed: of one size")
-    return np.stack([pictures[number] for number in positions])
+    return _upright(np.stack([found[number] for number in positions]), index.matrix)
 
 
 def _after_seeking(path, index, wanted):
-    """{number: frame} of the ``wanted`` numbers; some may be missing."""
+    """{number: (h, w, 3)} of the ``wanted`` numbers; some may be missing."""
     found = {}
     with _opened(path) as (container, stream), contextlib.suppress(av.error.FFmpegError):
         for keyframe, group in itertools.groupby(wanted, index.start_for):
@@ -165,7 +167,7 @@ def _after_seeking(path, index, wanted):
 
 
 def _from_the_start(path, index, wanted):
-    """{number: frame} of the ``wanted`` numbers; some may be missing."""
+    """{number: (h, w, 3)} of the ``wanted`` numbers; some may be missing."""
     with _opened(path) as (container, stream):
         frames = container.decode(stream)
         if index.times is None:
@@ -174,32 +176,41 @@ def _from_the_start(path, index, wanted):
 
 
 def _keep(frames, numbers):
-    """{number: frame} of the pairs (key, frame) whose key is in ``numbers`` {key: number}, until all are there."""
+    """{number: (h, w, 3)} of the pairs (key, frame) whose key is in ``numbers`` {key: number}, until all are there."""
     found = {}
     for key, frame in frames:
         if key in numbers:
-            found[numbers[key]] = frame
+            found[numbers[key]] = frame.to_ndarray(format="rgb24")
             if len(found) == len(numbers):
                 break
     return found
 
 
-def _upright(path, frame):
-    """RGB (h, w, 3) of a frame as it is to be shown: its display matrix maps column and row to (a x + c y, b x + d y).
+def _display_matrix(path):
+    """(a, b, c, d) of the video's first frame, in any unit; ValueError for turns by other than quarters.
 
-    Raises ValueError for a matrix that turns by anything but quarters.
+    One frame of a video is asked alone: a frame that was keeps its memory, and the threads that convert its colours,
+    until Python collects garbage, which a forked process would do and then wait for these threads for ever.
     """
-    pixels, matrix = frame.to_ndarray(format="rgb24"), frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return pixels
-    ((a, b), (c, d)) = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].tolist()
+    found = None
+    with _opened(path) as (container, stream), contextlib.suppress(av.error.FFmpegError):
+        found = next((frame.side_data.get("DISPLAYMATRIX") for frame in container.decode(stream)), None)
+    if found is None:
+        return 1, 0, 0, 1
+    ((a, b), (c, d)) = np.frombuffer(found, np.int32).reshape(3, 3)[:2, :2].tolist()
     if (a or d) and (b or c):
         raise ValueError(
             f"{path}: got frames to be turned by other than quarters, allowed: by 0, 90, 180 or 270 degrees"
         )
+    return a, b, c, d
+
+
+def _upright(frames, matrix):
+    """frames (F, h, w, 3) as ``matrix`` says that they are shown."""
+    a, b, c, d = matrix
     if b or c:
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+        frames, a, d = frames.swapaxes(1, 2), c, b
+    return np.ascontiguousarray(frames[:, :: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 @contextlib.contextmanager
@@ -210,6 +221,8 @@ def _opened(path):
             if not container.streams.video:
                 raise ValueError(f"{path}: got no pictures, allowed: a video")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"{path}: got pictures of an unknown codec, allowed: those that FFmpeg decodes")
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > MOST_PIXELS or max(width, height) > STRETCH * min(width, height):
                 allowed = f"at most {MOST_PIXELS:,} px, a side {STRETCH:,} times the other"

@@ -157,6 +157,11 @@ def test_bombs_and_pipes_are_not_read(tmp_path, monkeypatch):
         monkeypatch.setattr(trees, "MOST_BYTES", most)
         with pytest.raises(ValueError, match="cat/00?.png"):
             open_images(place, "train").image(index)
+    future = bomb.read_bytes()
+    place = future.index(b"PK\1\2") + 6  # the version of the format that it needs
+    (tmp_path / "future.zip").write_bytes(future[:place] + b"\xff\0" + future[place + 2 :])
+    with pytest.raises(ValueError, match="future.zip"):
+        open_images(tmp_path / "future.zip", "train")
     deep = placed({**TWO_SPLITS, "train/cat/" + "a/" * 30_000 + "0.png": b""}, tmp_path / "deep.zip")
     with pytest.raises(ValueError, match="deep.zip"):
         open_images(deep, "train")

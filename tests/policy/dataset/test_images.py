@@ -250,6 +250,9 @@ def test_erasing_puts_noise_into_a_box():
     ("key", "value"),
     [("workers", -1), ("image_size", 0), ("resize", 31), ("augment.blur", 1), ("augment.evaluation", 1),
      ("augment.crop", "padd"), ("augment.crop_scale", [0.5, 0.1]), ("augment.crop_scale", [0, 1]), ("augment.pad", 32),
+     ("image_size", 10**6), ("resize", 10**6),
+     ("workers", 10**6), ("augment.crop_scale", [1]), ("augment.crop_scale", [0.1, 0.5, 1]),
+     ("augment.color_jitter", float("inf")), ("augment.color_jitter", float("nan")), ("augment.flip", float("nan")),
      ("augment.flip", 1.5), ("augment.erase", -0.1), ("augment.color_jitter", -1), ("augment.auto_augment", "rand-x3"),
      ("augment.auto_augment", "nothing")],
 )  # fmt: skip

@@ -164,3 +164,10 @@ def test_frames_of_several_sizes_are_refused(tmp_path):
         both.write_bytes((both.read_bytes() if both.exists() else b"") + Path(part).read_bytes())
     with pytest.raises(ValueError, match="both.ts"):
         read_clip(str(both), range(frame_index(str(both)).count))
+
+
+def test_an_unknown_codec_is_refused(tmp_path):
+    path = Path(write_video(tmp_path / "unknown.mp4", 2))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(ValueError, match="unknown.mp4"):
+        frame_index(str(path))

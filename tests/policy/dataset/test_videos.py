@@ -235,6 +235,10 @@ def test_an_unreadable_video_is_tried_once(clips, broken, monkeypatch):
     [("frames", {"frames": 0}), ("stride", {"stride": 0}), ("image_size", {"image_size": 0, "jitter": None}),
      ("temporal_views", {"temporal_views": 0}), ("workers", {"workers": -1}), ("sampling", {"sampling": "random"}),
      ("spatial_views", {"spatial_views": 2}), ("jitter", {"image_size": 17}), ("jitter", {"jitter": (20, 16)}),
+     ("frames", {"frames": 10**9}), ("image_size", {"image_size": 10**6, "jitter": None}),
+     ("stride", {"stride": 2**70}), ("temporal_views", {"temporal_views": 10**9}), ("workers", {"workers": 10**6}),
+     ("jitter", {"jitter": (16,)}), ("jitter", {"jitter": (16, 10**7)}), ("jitter", {"jitter": (16, float("nan"))}),
+     ("flip", {"flip": float("nan")}),
      ("flip", {"flip": 1.5}), ("labels", {"labels": [0]}), ("labels", {"labels": [0, 2]}),
      ("labels", {"labels": [0, -1]}), ("labels", {"paths": [], "labels": []})],
 )  # fmt: skip
