@@ -4,7 +4,7 @@ A kind keeps the contract ``Benchmark`` of policy/training/protocols.py. A new o
 configuration whose ``model.name`` names it.
 """
 
-from policy.registry import Registry
+from policy.registry import Registry, choose
 
 BENCHMARKS = Registry(
     "model.name",
@@ -24,6 +24,10 @@ BENCHMARKS = Registry(
 def build_benchmark(config, run_dir, *, resume=False):
     """The benchmark of the resolved configuration ``config``, a plain dict; its data are opened, its model is built.
 
-    resume: the weights will come from the checkpoint in ``run_dir``.
+    resume: the weights will come from the checkpoint in ``run_dir``. ``training.score``, where it is null, becomes the
+    first metric of the kind. Raises ValueError for a metric that this run does not find.
     """
-    return BENCHMARKS[config["model"]["name"]](config, run_dir, resume=resume)
+    kind, options = BENCHMARKS[config["model"]["name"]], config["training"]
+    metrics = kind.metrics(config)
+    options["score"] = choose("training.score", options["score"] or metrics[0], metrics)
+    return kind(config, run_dir, resume=resume)

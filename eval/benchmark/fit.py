@@ -28,12 +28,12 @@ def fit(benchmark, composed, run_dir, *, resume=False):
         tracker=open_tracker(config["wandb"], config, run_dir) if first else None,
         device=config["device"],
     )
-    if resume:
-        trainer.resume()
+    changed = trainer.resume() if resume else {}
     if first:
-        print(block(plan(benchmark, trainer, run_dir)))
-        write_config(run_dir, composed, config)
+        print(block({**plan(benchmark, trainer, run_dir), **changed}))
     benchmark.prepare(trainer.accelerator.device)
+    if first:
+        write_config(run_dir, composed, config)  # once nothing speaks against it
     benchmark.fit(trainer)
     if first:
         lines = benchmark.finish(trainer)

@@ -11,6 +11,11 @@ class KeypointBenchmark:
 
     evaluate = None
 
+    @staticmethod
+    def metrics(config):
+        """Nothing but the held-out loss."""
+        return ("val_loss",)
+
     def __init__(self, config, run_dir, *, resume=False):
         self.config, self.run_dir, self.task = config, run_dir, config["task"]
         self.model = build_model(config)

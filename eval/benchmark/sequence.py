@@ -18,6 +18,11 @@ class SequenceBenchmark:
 
     evaluate = None
 
+    @staticmethod
+    def metrics(config):
+        """Nothing but the held-out loss."""
+        return ("val_loss",)
+
     def __init__(self, config, run_dir, *, resume=False):
         self.config, self.run_dir, self.started, self.notes = config, run_dir, time.monotonic(), {}
         self.resumed = resume

@@ -10,21 +10,6 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "steps")
 
 
-def check_optimizer(options):
-    """Raise ValueError for a choice in ``options`` (the ``training`` section) that does not exist."""
-    for key, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if options[key] not in allowed:
-            raise ValueError(f"training.{key}: got {options[key]!r}, allowed: {', '.join(allowed)}")
-    if len(options.betas) != 2 or not all(0 <= beta < 1 for beta in options.betas):
-        raise ValueError(f"training.betas: got {list(options.betas)}, allowed: two numbers from 0 to below 1")
-    if not 0 <= options.min_lr <= options.lr:
-        raise ValueError(f"training.min_lr: got {options.min_lr}, allowed: 0 to lr {options.lr}")
-    if list(options.milestones) != sorted(set(options.milestones)) or min(options.milestones, default=1) <= 0:
-        raise ValueError(f"training.milestones: got {list(options.milestones)}, allowed: increasing epochs above 0")
-    if options.layer_decay is not None and not 0 < options.layer_decay <= 1:
-        raise ValueError(f"training.layer_decay: got {options.layer_decay}, allowed: above 0, up to 1, or null")
-
-
 def cosine_schedule(step, *, total, warmup):
     """Factor of the learning rate: linear from 0 over ``warmup`` steps, then half a cosine to 0 at ``total``."""
     if step < warmup:
@@ -95,14 +80,27 @@ def state_tensors(optimizer, named):
 
 
 def load_state(optimizer, named, tensors, path):
-    """Give ``optimizer`` back what ``state_tensors`` wrote; ValueError where a parameter's part is missing."""
-    keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.SGD) else ("step", "exp_avg", "exp_avg_sq")
+    """Give ``optimizer`` back what ``state_tensors`` wrote.
+
+    Raises ValueError, by name, for a parameter's part that is missing or not finite, or of another optimizer.
+    """
     for name, parameter in named:
-        values = {key: tensors.get(f"{key}.{name}") for key in keys}
+        values = {key: tensors.get(f"{key}.{name}") for key in _remembered(optimizer)}
         if any(value is None for value in values.values()):
             raise ValueError(f"{path}: got no optimizer state for {name!r}, allowed: the same trained parameters")
+        for key, value in values.items():
+            shape = () if key == "step" else parameter.shape
+            if value.shape != shape or not value.is_floating_point() or not value.isfinite().all():
+                raise ValueError(f"{path}: {key}.{name}: got a damaged tensor, allowed: finite numbers")
         # Laid out in memory as the parameter, which the fused optimizer relies on; a step count stays a scalar.
         optimizer.state[parameter] = {
             key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
             for key, value in values.items()
         }
+
+
+def _remembered(optimizer):
+    """What ``optimizer`` (of torch, not accelerate's wrapper of it) keeps for each parameter."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
+    return ("step", "exp_avg", "exp_avg_sq")

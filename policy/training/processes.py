@@ -1,14 +1,18 @@
 """Several processes, devices and signals: what a run has to agree on with the machine."""
 
+import contextlib
 import os
 import re
 import signal
+import sys
 
 import torch
 from accelerate import Accelerator
 
 PRECISIONS = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
+# What shells, schedulers and closed terminals send before they kill.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def uses_cpu(device):
@@ -42,18 +46,35 @@ def explain(error, accelerator, step, run_dir):
     )
 
 
-class StopSignals:
-    """SIGTERM and SIGINT as a wish to stop after the step: ``with StopSignals(accelerator) as stop``.
+@contextlib.contextmanager
+def exit_on_signals():
+    """Signals that would kill end the block by SystemExit, so that what it holds is put in order; Ctrl-C as ever."""
+    heard = [s for s in SIGNALS if s != signal.SIGINT and signal.getsignal(s) == signal.SIG_DFL]
+    before = {s: signal.signal(s, lambda number, _frame: sys.exit(128 + number)) for s in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    A second signal ends the process at once.
+
+class Stopped(BaseException):
+    """A signal arrived where nothing is lost by stopping at once."""
+
+
+class StopSignals:
+    """Signals as a wish to stop after the step: ``with StopSignals(accelerator) as stop``; ``number`` is the one seen.
+
+    A second signal ends the process at once. SIGHUP stays ignored where it is, as under nohup.
     """
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
-        self.number = None
+        self.number, self._at_once = None, False
 
     def __enter__(self):
-        self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        heard = [s for s in SIGNALS if not (s == signal.SIGHUP and signal.getsignal(s) == signal.SIG_IGN)]
+        self._previous = {s: signal.signal(s, self._request) for s in heard}
         return self
 
     def __exit__(self, *_error):
@@ -64,10 +85,23 @@ class StopSignals:
         if self.number is not None:
             raise SystemExit(128 + number)
         self.number = number
+        if self._at_once:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """What runs in here is left by ``Stopped`` as soon as a signal arrives, or if one is there already."""
+        if self.number is not None:
+            raise Stopped
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     @staticmethod
     def name(number):
-        """SIGTERM or SIGINT."""
+        """SIGTERM, say."""
         return signal.Signals(number).name
 
     def agreed(self, may_ask):

@@ -77,6 +77,10 @@ class Benchmark(Protocol):
     train_data: Dataset
     val_data: Dataset | None
 
+    @staticmethod
+    def metrics(config):
+        """Names of the numbers that may rank checkpoints (``training.score``), the usual one first."""
+
     def evaluate(self, model, epoch):
         """{metric: number} of the EMA model, every ``training.rollout_every`` epochs; or the attribute is None."""
 

@@ -4,7 +4,7 @@ import json
 
 from policy.checkpoint import LAST, load_checkpoint, save_checkpoint
 from policy.files import write_whole
-from policy.training.curves import plot_curves
+from policy.training.curves import plot_curves, read_metrics
 from policy.training.pictures import write_reconstructions
 
 
@@ -40,19 +40,23 @@ class RunFolder:
         write_reconstructions(path, pairs)
         return path
 
-    def save_last(self, step, tensors):
+    def save_last(self, step, tensors, state):
         """Write checkpoints/last.safetensors from ``tensors()`` unless it is of this step already."""
         if self.writes and self._last_save != step:
-            state = {"step": step, "scores": self.scores}
-            save_checkpoint(self.checkpoints / LAST, tensors(), config=self.config, state=state)
+            save_checkpoint(self.checkpoints / LAST, tensors(), config=self.config, state={"step": step, **state})
             self._last_save = step
 
-    def keep_best(self, step, score, tensors, *, count):
-        """Write ``tensors()`` if ``score`` is among the ``count`` best so far, and drop what no longer is."""
+    def keep_best(self, step, metric, values, tensors, *, count):
+        """Write ``tensors()`` if ``values[metric]`` is among the ``count`` best so far, and drop what no longer is.
+
+        Of a metric called loss the lowest are the best, of others the highest.
+        """
         if not self.writes or count < 1:
             return
-        name = f"step={step:08d}_score={score:.4f}.safetensors"
-        ranked = sorted([*self.scores.items(), (name, score)], key=lambda item: -item[1])
+        score = values[metric]
+        name = f"step={step:08d}_{metric}={score:.4f}.safetensors"
+        sign = 1 if metric.endswith("loss") else -1
+        ranked = sorted({**self.scores, name: score}.items(), key=lambda item: sign * item[1])
         keep = dict(ranked[:count])
         if name in keep:
             state = {"step": step, "score": score}
@@ -63,16 +67,30 @@ class RunFolder:
                 file.unlink()
 
     def load_last(self):
-        """(path, tensors, state) of checkpoints/last.safetensors; drops what was logged after it."""
+        """(path, tensors, state) of checkpoints/last.safetensors."""
         path = self.checkpoints / LAST
         tensors, _, state = load_checkpoint(path)
-        # A run killed after that checkpoint may have replaced some of the best ones since.
-        self.scores = {name: score for name, score in state["scores"].items() if (path.parent / name).exists()}
+        return path, tensors, state
+
+    def rewind(self, step):
+        """Go on from the last checkpoint, of ``step``: drop what was logged after it, find the best ones up to it."""
+        for file in sorted(self.checkpoints.glob("step=*.safetensors")):
+            best = load_checkpoint(file, prefix="none")[2]
+            # A run killed after its last checkpoint may have replaced some of the best ones since.
+            if best["step"] <= step:
+                self.scores[file.name] = best["score"]
         metrics = self.path / "metrics.jsonl"
         if self.writes and metrics.exists():
-            lines = [line for line in metrics.read_text().splitlines(keepends=True) if _before(line, state["step"])]
+            lines = [line for line in metrics.read_text().splitlines(keepends=True) if _before(line, step)]
             write_whole(metrics, "".join(lines))
-        return path, tensors, state
+        self._last_save = step
+
+    def looked_at(self, step, *, judged, validated):
+        """Whether metrics.jsonl holds what an evaluation (``judged``) and a validation found at ``step``."""
+        lines = [line for line in read_metrics(self.path) if line["step"] == step and not {"lr", "round"} & set(line)]
+        found = {key for line in lines for key in line} - {"step", "epoch"}
+        losses = {key for key in found if key.startswith("val_")}
+        return (not judged or found > losses) and (not validated or bool(losses))
 
 
 def _before(line, step):

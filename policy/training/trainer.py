@@ -7,7 +7,9 @@ therefore needs only weights, optimizer moments and the step to go on bit for bi
 import contextlib
 import functools
 import math
+import sys
 import time
+import traceback
 
 import torch
 from tqdm import tqdm
@@ -15,19 +17,11 @@ from tqdm import tqdm
 from policy.checkpoint import load_weights
 from policy.training.batches import Batches, make_batch, step_seed, to_tensors
 from policy.training.ema import EMA
-from policy.training.optim import build_optimizer, check_optimizer, learning_rate, load_state, state_tensors
-from policy.training.processes import StopSignals, explain, make_accelerator
+from policy.training.optim import build_optimizer, learning_rate, load_state, state_tensors
+from policy.training.options import check_training
+from policy.training.processes import Stopped, StopSignals, explain, make_accelerator
 from policy.training.run_folder import RunFolder
 from policy.training.validation import Validation
-
-POSITIVE = (
-    "gradient_accumulation",
-    "windows_per_group",
-    "log_every",
-    "val_every",
-    "rollout_every",
-    "checkpoint_every",
-)
 
 
 class Trainer:
@@ -41,7 +35,7 @@ class Trainer:
     def __init__(
         self, model, train_data, val_data, *, options, config, run_dir, evaluate=None, tracker=None, device="auto"
     ):
-        _check_options(options)
+        check_training(options)
         self.accelerator = make_accelerator(options.precision, device)
         self.options, self.evaluate, self.tracker = options, evaluate, tracker
         self.folder = RunFolder(run_dir, config, writes=self.accelerator.is_main_process)
@@ -69,11 +63,12 @@ class Trainer:
                 make_batch=functools.partial(make_batch, device=self.accelerator.device),
             )
         self.step = 0
-        self._pending = []
+        self._pending, self._lr, self._unseen = [], 0.0, False
+        self._stop = StopSignals(self.accelerator)
 
     def _count_steps(self, samples):
         """Sizes of batches, epochs and the run, of ``samples`` training samples."""
-        options = self.options
+        options, self.samples = self.options, samples
         shard = self.accelerator.num_processes * options.gradient_accumulation
         if options.batch_size < 1 or options.batch_size % shard:
             raise ValueError(
@@ -87,8 +82,6 @@ class Trainer:
         self.total_steps = options.epochs * self.steps_per_epoch
         if options.max_steps is not None:
             self.total_steps = min(self.total_steps, options.max_steps)
-        if self.total_steps < 1:
-            raise ValueError(f"epochs, max_steps: got {options.epochs}, {options.max_steps}, allowed: at least 1 step")
 
     def set_training_data(self, data, *, since):
         """Draw batches from ``data`` from step ``since`` on; an epoch, as a unit of time, stays what it was."""
@@ -110,7 +103,7 @@ class Trainer:
     # The loop ------------------------------------------------------------------------------------------------
 
     def fit(self, stop_at=None):
-        """Train to the end, or to step ``stop_at``; a SIGTERM or SIGINT saves and then exits with its code."""
+        """Train to the end, or to step ``stop_at``; a signal of ``StopSignals`` saves and then exits with its code."""
         end = self.total_steps if stop_at is None else min(stop_at, self.total_steps)
         bar = tqdm(
             total=self.total_steps,
@@ -123,7 +116,9 @@ class Trainer:
         )
         started, first = time.monotonic(), self.step
         try:
-            with StopSignals(self.accelerator) as stop:
+            with self._stop as stop:
+                if self._unseen:
+                    self._end_epoch(self.epochs)
                 while self.step < end:
                     self._train_step()
                     bar.update()
@@ -131,8 +126,8 @@ class Trainer:
                     if logs:
                         rate = (self.step - first) / (time.monotonic() - started)
                         bar.set_postfix_str(f"loss {self._log_training(rate):.4f}")
-                    if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps:
-                        self._end_epoch(math.ceil(self.step / self.steps_per_epoch))
+                    if self._at_end_of_epoch():
+                        self._end_epoch(self.epochs)
                     # Several processes ask each other at log steps, so that all end at the same one.
                     if number := stop.agreed(logs):
                         self._exit_on_signal(number)
@@ -150,7 +145,7 @@ class Trainer:
         # Drawn for the whole batch, then cut, so that neither accumulation nor the number of processes changes it.
         randomness = self.raw_model.randomness(len(indices), torch.Generator().manual_seed(seed))
         torch.manual_seed(seed + 1 + self.accelerator.process_index)  # dropout
-        self._lr = learning_rate(self.step, options, total=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+        self._lr = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr * group["lr_scale"]
         for number, rows in enumerate(own):
@@ -168,6 +163,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.raw_model, self.step)
         self.step += 1
+
+    def _learning_rate(self, step):
+        return learning_rate(step, self.options, total=self.total_steps, steps_per_epoch=self.steps_per_epoch)
 
     # Looking at it -------------------------------------------------------------------------------------------
 
@@ -194,40 +192,66 @@ class Trainer:
         if self.tracker is not None and self.accelerator.is_main_process:
             self.tracker(line)
 
+    @property
+    def epochs(self):
+        """Epochs done, the last one perhaps cut short."""
+        return math.ceil(self.step / self.steps_per_epoch)
+
+    def _at_end_of_epoch(self):
+        return self.step > 0 and (self.step % self.steps_per_epoch == 0 or self.step == self.total_steps)
+
+    def _due(self, every):
+        """Whether what happens each ``every`` epochs does so now."""
+        return self.epochs % every == 0 or self.step == self.total_steps
+
+    def _left_unseen(self):
+        """Whether a resumed run was stopped after it saved, before it looked at what is due at this step."""
+        if not self._at_end_of_epoch():
+            return False
+        judged = self.evaluate is not None and self._due(self.options.rollout_every)
+        validated = self.validation is not None and self._due(self.options.val_every)
+        return not self.folder.looked_at(self.step, judged=judged, validated=validated)
+
     def _end_epoch(self, epoch):
-        """Validation, evaluation, curves and checkpoints that are due after ``epoch`` epochs."""
+        """Save, then look: validation, evaluation and pictures that are due after ``epoch`` epochs.
+
+        Nothing that fails or is stopped while it looks costs a step of training.
+        """
         self._check_finite()  # an evaluation with such weights would fail in words of its own
-        options, last = self.options, self.step == self.total_steps
+        self._unseen = False
+        judges = self.evaluate is not None and self._due(self.options.rollout_every)
+        if judges or self._due(self.options.checkpoint_every):
+            self.save()
         values, picture = {}, None
-        if self.validation is not None and (epoch % options.val_every == 0 or last):
+        if self.validation is not None and self._due(self.options.val_every):
             values.update(self.validation.losses())
             if self.folder.writes:
                 picture = self.folder.save_reconstructions(epoch, self.validation.reconstructions())
-        score = None
-        if self.evaluate is not None and (epoch % options.rollout_every == 0 or last):
-            score = self._judge(epoch, values)
+        if judges:
+            values.update(self._judge(epoch))
+        if self.options.score in values:
+            weights = functools.partial(self._weights, self.ema.model, "ema")
+            self.folder.keep_best(self.step, self.options.score, values, weights, count=self.options.top_k)
         if values:
             self.log(values)
             self.folder.plot()
         if picture is not None:
             self._track({"step": self.step, "reconstructions": picture})
-        if score is not None:
-            weights = functools.partial(self._weights, self.ema.model, "ema")
-            self.folder.keep_best(self.step, score, weights, count=options.top_k)
-        if epoch % options.checkpoint_every == 0 or last:
-            self.save()
 
-    def _judge(self, epoch, values):
-        """Add the metrics of the first process's evaluation to ``values``; returns the score, None in the others."""
-        score, name = None, self.options.score
+    def _judge(self, epoch):
+        """Metrics of the first process's evaluation, {} in the others and where it fails; a signal ends it at once."""
+        metrics = {}
         if self.accelerator.is_main_process:
-            metrics = self.evaluate(self.ema.model, epoch)
-            values.update(metrics)
-            if name not in metrics:
-                raise ValueError(f"training.score: got {name!r}, allowed: {', '.join(metrics)}")
-            score = metrics[name]
+            try:
+                with self._stop.at_once():
+                    metrics = self.evaluate(self.ema.model, epoch)
+            except Stopped:
+                self._exit_on_signal(self._stop.number)
+            except Exception:  # of a simulator, say; hours of training are worth more than a number
+                traceback.print_exc()
+                print(f"warning: evaluation: failed after epoch {epoch}, as above; training goes on", file=sys.stderr)
         self.wait_for_everyone()
-        return score
+        return metrics
 
     # Checkpoints ---------------------------------------------------------------------------------------------
 
@@ -242,7 +266,16 @@ class Trainer:
     def save(self):
         """Write checkpoints/last.safetensors: all that resuming needs."""
         self._check_finite()
-        self.folder.save_last(self.step, self._all_tensors)
+        self.folder.save_last(self.step, self._all_tensors, self._state())
+
+    def _state(self):
+        """What resuming compares."""
+        return {
+            "samples": self.samples,
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "lr": self._lr,
+        }
 
     def _all_tensors(self):
         tensors = {**self._weights(self.raw_model, "model"), **self._weights(self.ema.model, "ema")}
@@ -250,23 +283,56 @@ class Trainer:
         return tensors | {f"optimizer.{name}": value for name, value in moments.items()}
 
     def resume(self):
-        """Continue from checkpoints/last.safetensors of the run folder; drops metrics logged after it."""
+        """Continue from checkpoints/last.safetensors of the run folder; drops metrics logged after it.
+
+        Returns {heading: text}, what changed since. Raises ValueError where the options leave no step to train.
+        """
         path, tensors, state = self.folder.load_last()
+        self._check_rest(state)
 
         def part(prefix):
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         load_weights(self.raw_model, part("model."), str(path))
         load_weights(self.ema.model, part("ema."), str(path))
-        load_state(self.optimizer, self.named, part("optimizer."), path)
-        self.step = state["step"]
+        load_state(self.optimizer.optimizer, self.named, part("optimizer."), path)
+        self.folder.rewind(state["step"])
+        self.step, self._lr = state["step"], state.get("lr", 0.0)
+        self._unseen = self._left_unseen()
         self.batches.close()
+        return self._changes(state)
+
+    def _check_rest(self, state):
+        step, total = state["step"], self.total_steps
+        finished = step == total == state.get("total_steps", total)
+        if step >= total and not finished:
+            raise ValueError(
+                f"epochs, max_steps, batch_size: got {total} steps with resume, allowed: more than the {step} done"
+            )
+
+    def _changes(self, state):
+        """What a resumed run does otherwise than it began: {} or one line of the plan."""
+        now, found = self._state(), []
+        for key, what in {
+            "samples": "training samples",
+            "steps_per_epoch": "steps an epoch",
+            "total_steps": "steps",
+        }.items():
+            if state.get(key, now[key]) != now[key]:
+                found.append(f"{now[key]:,} {what}, {state[key]:,} before")
+        if "lr" in state and 0 < self.step < self.total_steps:
+            rate = self._learning_rate(self.step - 1)
+            if not math.isclose(rate, state["lr"], rel_tol=1e-6, abs_tol=1e-12):
+                found.append(f"so the learning rate jumps from {state['lr']:.3g} to {rate:.3g}")
+        return {"changed": "; ".join(found)} if found else {}
 
     def wait_for_everyone(self):
         """Wait for the other processes; ConnectionError where one is gone."""
         try:
             self.accelerator.wait_for_everyone()
         except RuntimeError as error:
+            if self._stop.number is not None:  # the first process heard it, too, and did not wait
+                raise SystemExit(128 + self._stop.number) from error
             raise explain(error, self.accelerator, self.step, self.folder.path) from error
 
     def _exit_on_signal(self, number):
@@ -275,13 +341,3 @@ class Trainer:
             name = StopSignals.name(number)
             print(f"\nstopped by {name} at step {self.step}; continue with resume={self.folder.path}")
         raise SystemExit(128 + number)
-
-
-def _check_options(options):
-    """Raise ValueError for intervals and counts that must be positive, before any work is done."""
-    for key in POSITIVE:
-        if options[key] < 1:
-            raise ValueError(f"training.{key}: got {options[key]}, allowed: >= 1")
-    if options.max_val_batches is not None and options.max_val_batches < 1:
-        raise ValueError(f"training.max_val_batches: got {options.max_val_batches}, allowed: >= 1, or null")
-    check_optimizer(options)

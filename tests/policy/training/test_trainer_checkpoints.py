@@ -16,6 +16,8 @@ from policy import load_policy
 from policy.checkpoint import load_checkpoint
 from policy.training import run_folder
 from policy.training.curves import read_metrics
+from policy.training.optim import OPTIMIZERS
+from policy.training.processes import SIGNALS
 from policy.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("runs")
@@ -68,7 +70,7 @@ def problem(run_dir, losses=(1.0,), *, count=8, hook=None, evaluate=None, val=No
 def best(run_dir):
     """{step: score} of the kept best checkpoints, from their file names."""
     names = [file.stem for file in (run_dir / "checkpoints").glob("step=*.safetensors")]
-    return {int(name.split("_")[0][5:]): float(name.split("score=")[1]) for name in names}
+    return {int(name.split("_")[0][5:]): float(name.rsplit("=")[-1]) for name in names}
 
 
 SCORES = [0.3, 0.9, 0.5, 0.7, 0.9, 0.1]
@@ -103,10 +105,19 @@ def test_top_k(tmp_path, top_k, kept):
 
 
 def test_score_names_the_metric(tmp_path):
-    start(tmp_path / "a", evaluate=judge, top_k=1, score="success_rate").fit(stop_at=9)
-    assert best(tmp_path / "a") == {3: 0.7}
-    with pytest.raises(ValueError, match="training.score"):
-        start(tmp_path / "b", evaluate=judge, score="success").fit()
+    start(tmp_path, evaluate=judge, top_k=1, score="success_rate").fit(stop_at=9)
+    assert best(tmp_path) == {3: 0.7}
+
+
+@pytest.mark.parametrize("evaluate", [None, judge])
+def test_the_lowest_loss_is_the_best(tmp_path, evaluate):
+    """Held-out losses rank checkpoints where there is no simulator, and where there is one, if asked for."""
+    start(tmp_path, evaluate=evaluate, epochs=6, lr=0.3, warmup_steps=0, top_k=2, score="val_loss").fit()
+    losses = {line["step"]: line["val_loss"] for line in read_metrics(tmp_path) if "val_loss" in line}
+    lowest = sorted(losses, key=losses.get)[:2]
+    assert len(losses) == 6 and sorted(best(tmp_path)) == sorted(lowest)
+    for file in (tmp_path / "checkpoints").glob("step=*.safetensors"):
+        assert load_checkpoint(file)[2] == {"step": int(file.stem[5:13]), "score": losses[int(file.stem[5:13])]}
 
 
 def test_top_k_goes_on_after_resume(tmp_path):
@@ -166,8 +177,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
         run.save()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_saves_and_exits(tmp_path, capsys, number, code):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_saves_and_exits(tmp_path, capsys, number):
     """In the middle of a step; the run then goes on as if nothing had happened."""
     straight = start(tmp_path / "straight", images=True)
     straight.fit()
@@ -182,7 +193,7 @@ def test_signal_saves_and_exits(tmp_path, capsys, number, code):
     run.train_data.batch = batch
     with pytest.raises(SystemExit) as stop:
         run.fit()
-    assert stop.value.code == code and signal.getsignal(number) is handlers
+    assert stop.value.code == 128 + number and signal.getsignal(number) is handlers
     assert f"stopped by {number.name} at step 5; continue with resume={tmp_path / 'run'}" in capsys.readouterr().out
     again = start(tmp_path / "run", images=True, fresh=1)
     again.resume()
@@ -191,19 +202,126 @@ def test_signal_saves_and_exits(tmp_path, capsys, number, code):
     assert_identical(everything(again), everything(straight))
 
 
-def test_signal_during_a_rollout_saves_after_it(tmp_path):
-    def evaluate(model, epoch):
-        if epoch == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return {"score_mean": epoch / 10}
+class Killed(BaseException):
+    """As little comes after it as after SIGKILL."""
 
-    run = start(tmp_path, evaluate=evaluate)
+
+def comparable(run_dir):
+    return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in read_metrics(run_dir)]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_rollout_at_once(tmp_path, number):
+    """What was trained is saved before; the resumed run judges it, and then ends as if nothing had happened."""
+
+    def stopped(model, epoch):
+        if epoch == 2:
+            os.kill(os.getpid(), number)
+            pytest.fail("still there")
+        return judge(model, epoch)
+
+    start(tmp_path / "straight", evaluate=judge).fit()
+    run = start(tmp_path / "run", evaluate=stopped)
     with pytest.raises(SystemExit) as stop:
         run.fit()
-    assert stop.value.code == 143 and best(tmp_path) == {3: 0.1, 6: 0.2}
-    _, _, state = load_checkpoint(tmp_path / "checkpoints" / "last.safetensors")
-    assert state["step"] == 6 and sorted(state["scores"].values()) == [0.1, 0.2]
-    assert read_metrics(tmp_path)[-1]["score_mean"] == 0.2
+    assert stop.value.code == 128 + number and best(tmp_path / "run") == {3: 0.3}
+    again = start(tmp_path / "run", evaluate=judge, fresh=1)
+    again.resume()
+    assert again.step == 6
+    again.fit()
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "straight")
+    assert best(tmp_path / "run") == best(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("dies", ["evaluate", "keep_best", "log"])
+def test_a_kill_while_it_looks_loses_nothing(tmp_path, monkeypatch, dies):
+    """Between saving and the line of metrics, wherever; the resumed run looks again."""
+    start(tmp_path / "straight", evaluate=judge).fit()
+    run = start(tmp_path / "run", evaluate=judge)
+    owner = run if dies != "keep_best" else run.folder
+    original = getattr(owner, dies)
+
+    def kill(*arguments, **options):
+        if run.step == 6 and (dies != "log" or "score_mean" in arguments[0]):
+            raise Killed
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, dies, kill)
+    with pytest.raises(Killed):
+        run.fit()
+    again = start(tmp_path / "run", evaluate=judge, fresh=1)
+    again.resume()
+    again.fit()
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "straight")
+    assert best(tmp_path / "run") == best(tmp_path / "straight")
+
+
+def test_a_rollout_that_fails_does_not_end_the_run(tmp_path, capsys):
+    def evaluate(model, epoch):
+        if epoch in (2, 4):
+            raise RuntimeError("no display")
+        return judge(model, epoch)
+
+    run = start(tmp_path, evaluate=evaluate)
+    run.fit()
+    error = capsys.readouterr().err
+    assert run.step == 12 and error.count("warning: evaluation: failed after epoch") == 2 and "no display" in error
+    assert [line["step"] for line in read_metrics(tmp_path) if "score_mean" in line] == [3, 9]
+    again = start(tmp_path, evaluate=judge)
+    again.resume()
+    again.fit()  # the last one is made up for
+    assert [line["step"] for line in read_metrics(tmp_path) if "score_mean" in line] == [3, 9, 12]
+
+
+# Resuming with other options ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_every_optimizer_resumes(tmp_path, optimizer, momentum):
+    options = {"optimizer": optimizer, "momentum": momentum}
+    straight = start(tmp_path / "straight", **options)
+    straight.fit()
+    start(tmp_path / "run", **options).fit(stop_at=5)
+    again = start(tmp_path / "run", fresh=1, **options)
+    assert again.resume() == {}
+    again.fit()
+    assert_identical(everything(again), everything(straight))
+
+
+@pytest.mark.parametrize("change", [{"max_steps": 5}, {"max_steps": 6}, {"epochs": 1}, {"batch_size": 15}])
+def test_options_that_leave_nothing_to_train_are_refused(tmp_path, change):
+    start(tmp_path, log_every=1).fit(stop_at=6)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="max_steps.*more than the 6 done"):
+        start(tmp_path, **change).resume()
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_finished_run_may_be_resumed(tmp_path):
+    start(tmp_path).fit()
+    again = start(tmp_path)
+    assert again.resume() == {}
+    again.fit()
+    assert again.step == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epochs": 8}, ["24 steps, 12 before", "learning rate jumps"]),
+        ({"batch_size": 5}, []),
+        ({"batch_size": 3}, ["5 steps an epoch, 3 before", "20 steps, 12 before", "learning rate jumps"]),
+        ({"lr": 1.0}, ["learning rate jumps"]),
+    ],
+)
+def test_what_changes_with_the_schedule_is_said(tmp_path, change, words):
+    start(tmp_path).fit(stop_at=6)
+    changed = start(tmp_path, **change).resume().get("changed", "")
+    assert all(word in changed for word in words) and bool(changed) == bool(words)
+
+
+# Signals ------------------------------------------------------------------------------------------------------------
 
 
 def test_second_signal_does_not_wait(tmp_path):
