@@ -15,7 +15,6 @@ policy/diffusion.py; the encoder inside it: policy/encoder/vit.py, policy/attent
 
 import contextlib
 import os
-import signal
 import sys
 import traceback
 from datetime import timedelta
@@ -36,10 +35,13 @@ from eval.benchmark.fit import fit
 from eval.benchmark.start import complete
 from eval.shared.command import command
 from eval.shared.compose import first_config
+from eval.shared.folders import own_folder
 from eval.shared.help import annotated, check_flags, config_dir, usage
-from eval.shared.overrides import CONFIG, check_types, task_folders
+from eval.shared.overrides import CONFIG, check_types, readable, task_folders
 from eval.shared.run_config import check_new, stored_config
-from policy.training.processes import uses_cpu
+from eval.shared.tracker import check_tracker
+from policy.training.options import check_training
+from policy.training.processes import exit_on_signals, uses_cpu
 
 WAIT = timedelta(hours=4)  # of the other processes, while the first one renders, rolls out or tests alone
 
@@ -47,6 +49,8 @@ WAIT = timedelta(hours=4)  # of the other processes, while the first one renders
 def run(config, run_dir, resume=False):
     """Train what ``config`` (composed) describes in the folder ``run_dir``; returns the trainer."""
     check_types(config)
+    check_training(config.training)
+    check_tracker(config.wandb)
     torch.manual_seed(config.seed)
     benchmark = build_benchmark(OmegaConf.to_container(config, resolve=True), run_dir, resume=resume)
     return fit(benchmark, config, run_dir, resume=resume)
@@ -57,21 +61,19 @@ def job(config):
     """Train what hydra composed, in the folder that it made."""
     if "RANK" not in os.environ:  # accelerate keeps precision and device for a whole process, which a sweep changes
         AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=uses_cpu(config.device), timeout=WAIT)
-    run_dir = Path(broadcast_object_list([HydraConfig.get().runtime.output_dir])[0])
-    changes, resume = list(HydraConfig.get().overrides.task), config.resume is not None
-    # Ends cleanly while nothing is trained yet; later the trainer saves first.
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    try:
-        if not resume:
-            check_new(run_dir)
-        return run(stored_config(run_dir, changes) if resume else complete(config, changes), run_dir, resume)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()  # only if it is empty: a start that failed leaves no folder
-            if config.output is None:
-                run_dir.parent.rmdir()
+    first = PartialState(cpu=uses_cpu(config.device), timeout=WAIT).is_main_process
+    settings, named = HydraConfig.get(), "resume" if config.resume else "output" if config.output else None
+    changes, place = list(settings.overrides.task), [None]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(exit_on_signals())  # later the trainer saves first
+        stored = stored_config(config.resume, changes) if config.resume else None
+        if first:
+            place = [stack.enter_context(own_folder(config.resume or settings.runtime.output_dir, key=named))]
+        run_dir = Path(broadcast_object_list(place)[0])
+        if stored is not None:
+            return run(stored, run_dir, resume=True)
+        check_new(run_dir)
+        return run(complete(config, changes), run_dir)
 
 
 def main(config):
@@ -103,6 +105,7 @@ def cli(arguments):
     if folder is None:
         names = ", ".join(f"config/{name}" for name in task_folders())
         raise ValueError(f"--config-dir: got none, allowed: {names}")
+    sys.argv[1:] = readable(arguments, sweeps=bool({"--multirun", "-m"} & set(arguments)))  # where hydra reads them
     start = hydra.main(config_path=str(CONFIG), config_name=first_config(folder), version_base="1.3")(main)
     if {"--cfg", "-c"} & set(arguments):
         print(annotated(start))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from door import shell
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from paths import ROOT
 
@@ -16,7 +17,7 @@ from eval.rollout import __main__ as rollout
 from eval.shared.command import command
 from eval.shared.compose import compose
 from eval.shared.help import KEY
-from eval.shared.overrides import CONFIG, known_values, task_folders
+from eval.shared.overrides import CONFIG, known_values, readable, task_folders
 
 
 def arguments(workplace, *overrides):
@@ -208,3 +209,30 @@ def test_known_values_are_those_of_the_files():
     assert {"paper", "fast", "small", "smoke"} <= set(known["preset"])  # presets and tasks' folders change the root
     assert known["task.env.name"] and known["encoder.patch_size"] and known["training.ema.power"]
     assert not any(key.startswith(("pusht", "preset.")) for key in known)
+
+
+@pytest.mark.parametrize(
+    "folder", ["é 数", "a (1)", "x,y", "k=v", "it's", "[b]", "{c}", "a b", "100%", "$x", "a:b", "#1"]
+)
+def test_paths_of_all_characters_can_be_given(tmp_path, folder):
+    """Values that hydra's grammar cannot read are put in quotes; sweeps and lists stay what they are."""
+    path = tmp_path / folder / "demos.zarr"
+    path.mkdir(parents=True)
+    assert compose("pusht", [f"task.data={path}"])["task"]["data"] == str(path)
+    for sweeps in (False, True):
+        (given,) = readable([f"task.data={path}"], sweeps=sweeps)
+        assert OverridesParser.create().parse_override(given).value() == str(path)
+
+
+def test_what_hydra_reads_stays_as_it_is():
+    given = [
+        "seed=1,2",
+        "denoiser.widths=[1,2]",
+        "attention=softmax",
+        "--multirun",
+        "data={a: 1}",
+        "~seed",
+        "x=",
+        "x=1",
+    ]
+    assert readable(given) == readable(given, sweeps=True) == given

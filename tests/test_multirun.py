@@ -20,7 +20,7 @@ from paths import ROOT
 import train
 from eval.report import __main__ as report
 from eval.shared.command import command
-from eval.shared.tracker import open_tracker
+from eval.shared.tracker import check_tracker, open_tracker
 
 
 def arguments(workplace, *overrides):
@@ -81,7 +81,7 @@ def test_a_sweep_over_precisions_changes_them(sweep):
 def test_a_failed_job_says_why_and_the_others_go_on(sweep):
     _, code, printed = sweep
     assert code == 1
-    assert printed.count("error: precision: got 'fp8', allowed: fp32, bf16") == 2
+    assert printed.count("error: training.precision: got 'fp8', allowed: fp32, bf16") == 2
     assert "Traceback" not in printed
     last = printed.rstrip().splitlines()[-1]
     assert last.startswith("error: job 2 of the sweep failed: ") and "training.precision=fp8" in last
@@ -107,14 +107,14 @@ def test_a_failed_job_leaves_no_memory_behind(monkeypatch, capsys):
 
     kept = []
 
-    def out_of_memory():
+    def broken():
         model = Model()
         kept.append(weakref.ref(model))
-        raise RuntimeError("out of memory")
+        raise RuntimeError("broken")
 
     with pytest.raises(HydraException, match="job 3 of the sweep failed: seed=1 crop=2") as raised:
-        run_main(monkeypatch, out_of_memory)
-    assert "RuntimeError: out of memory" in capsys.readouterr().err
+        run_main(monkeypatch, broken)
+    assert "RuntimeError: broken" in capsys.readouterr().err
     gc.collect()
     assert raised.value.__context__ is None and kept[0]() is None
 
@@ -198,4 +198,15 @@ def test_submitit_runs_the_jobs_in_processes_of_their_own(workplace):
     assert not (target / "0" / "config.yaml").exists()
     assert OmegaConf.load(target / "1" / "config.yaml").training.precision == "bf16" and len(losses(target / "1")) == 2
     logs = [path.read_text() for path in (target / ".submitit").glob("*/*.err")]
-    assert sum("error: precision: got 'fp8', allowed: fp32, bf16" in log for log in logs) == 1
+    assert sum("error: training.precision: got 'fp8', allowed: fp32, bf16" in log for log in logs) == 1
+
+
+def test_online_tracking_without_a_key_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ValueError, match="wandb.mode: got 'online'.*wandb.mode=offline"):
+        check_tracker({"mode": "online", "project": "p"})
+    with pytest.raises(ValueError, match="wandb.mode: got 'on'"):
+        check_tracker({"mode": "on"})

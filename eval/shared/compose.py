@@ -1,32 +1,18 @@
 """Configurations as train.py composes them, and the data sets that they name."""
 
 import os
-from datetime import datetime
 from pathlib import Path
 
 import hydra
 from omegaconf import OmegaConf
 
 from envs import make_data
-from eval.shared.overrides import CONFIG, ROOT, check_types, task_folders
+from eval.shared.folders import run_dir_for, sweep_dir_for
+from eval.shared.overrides import CONFIG, ROOT, check_types, quoted, readable, task_folders
 from policy.dataset.robomimic import ensure_zarr
 from policy.registry import lookup, nearest
 
 FIRST = ("typea", "scratch", "train")  # what a folder trains when no --config-name is given
-
-
-def run_dir_for(output, resume, name, label):
-    """The folder of a run: the resumed one, the one asked for, or a new one named after task, preset and time.
-
-    Of several processes only the first names and makes it; the others hear of it in train.py.
-    """
-    if int(os.environ.get("RANK", 0)) > 0:
-        return "."
-    return resume or output or f"runs/{name}/{label}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-
-
-def _sweep_dir(output):
-    return output or f"runs/multirun/{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
 RESOLVERS = {
@@ -38,7 +24,7 @@ RESOLVERS = {
 for _name, _function in RESOLVERS.items():
     OmegaConf.register_new_resolver(_name, _function, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir_for, use_cache=True, replace=True)  # the same time all along
-OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("sweep_dir", sweep_dir_for, use_cache=True, replace=True)
 
 
 def first_config(folder):
@@ -68,7 +54,7 @@ def compose_at(name, overrides):
 
 def _composed(folder, name, overrides):
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-        config = hydra.compose(name, [f"hydra.searchpath=[file://{CONFIG}]", *overrides])
+        config = hydra.compose(name, [f"hydra.searchpath=[{quoted(f'file://{CONFIG}')}]", *readable(overrides)])
     check_types(config)
     return config
 

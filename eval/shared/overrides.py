@@ -3,11 +3,41 @@
 import functools
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 CONFIG = Path(__file__).parent.parent.parent / "config"
 ROOT = CONFIG.parent
 SHARED = ("attention", "base", "decoder", "denoiser", "encoder", "model", "preset", "scheduler", "task")
+
+
+def quoted(text):
+    """``text`` as a value of hydra's grammar, whatever characters it has."""
+    escaped = str(text).replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def readable(arguments, *, sweeps=False):
+    """``arguments`` with quotes around values that hydra's grammar cannot read, such as paths with é, ( or a comma.
+
+    sweeps: a comma parts the values of a sweep, unless they are one path that is there.
+    """
+    return [_readable(argument, sweeps) for argument in arguments]
+
+
+def _readable(argument, sweeps):
+    key, is_assignment, value = argument.partition("=")
+    if argument.startswith("-") or not is_assignment or not value:
+        return argument
+    as_text = f"{key}={quoted(value)}"
+    try:
+        parsed = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return as_text
+    if parsed.is_sweep_override() and (Path(value).exists() if sweeps else "/" in value):
+        return as_text
+    return argument
 
 
 def task_folders():

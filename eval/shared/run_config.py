@@ -21,8 +21,12 @@ from policy.registry import nearest
 
 COMPOSED, RESOLVED = "config.yaml", "resolved.yaml"
 REFERENCE = re.compile(rf"\$\{{(?:[\w.\[\]]+\}}|(?:{'|'.join(RESOLVERS)}):)")  # another key, or a function of ours
-# Keys that act at the start of a run only; a resumed one has weights, optimizer, tokens and folder already.
+# Keys that act at the start of a run only; a resumed one has weights, optimizer, tokens and folder already, and which
+# episodes are held out stays: those that were trained on would say nothing any more.
 STARTING = (
+    "seed",
+    "data.val_ratio",
+    "data.max_train_episodes",
     "output",
     "name",
     "label",
@@ -59,6 +63,8 @@ def stored_config(run_dir, overrides):
     Raises FileNotFoundError without a checkpoint, and ValueError, by name, for a change that would not reach the run.
     """
     run_dir = Path(run_dir)
+    if run_dir.is_file():
+        raise ValueError(f"resume: got {run_dir}, allowed: the folder of a run")
     find_checkpoint(run_dir)
     changes = [change for change in overrides if not change.startswith("resume=")]
     if not (run_dir / RESOLVED).exists():  # a run from before there were two forms, or one whose files were deleted
