@@ -16,10 +16,12 @@ from eval.realtime.schedule import MODES, REPLAN
 from eval.realtime.timing import report_timing
 from eval.rollout.loop import describe, write_results
 from eval.shared.command import Parser, command
+from eval.shared.folders import results_folder
 from eval.shared.machine import choose_device, describe_machine
 from eval.shared.run_config import add_allow_import, env_of
 from policy.checkpoint import load_policy
 from policy.denoiser.samplers import SAMPLERS
+from policy.registry import at_least
 
 
 def _share(text):
@@ -48,9 +50,10 @@ def main(argv=None):
     parser.add_argument("--action-steps", type=int, default=None, help="steps a chunk is for (Ta), default as trained")
     parser.add_argument("--videos", type=int, default=4, help="episodes to film, which takes time of the control loop")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    parser.add_argument("--output", type=Path, default=None, help="default: realtime/NAME")
+    parser.add_argument("--output", type=Path, default=None, help="default: a new folder realtime/NAME")
     add_allow_import(parser)
     args = parser.parse_args(argv)
+    at_least(0, **{"--seed": args.seed, "--videos": args.videos})
     options = {"mode": args.mode, "replan": args.replan, "warm_start": _share(args.warm_start)}
     device = choose_device(args.device)
     policy = load_policy(
@@ -79,11 +82,11 @@ def main(argv=None):
         )
     except KeyboardInterrupt:
         raise SystemExit("interrupted: nothing was written") from None
-    output = args.output or Path("realtime") / Path(args.checkpoint).stem
-    write_results(output, {**settings, **summary}, films, name="realtime")
+    print("\n".join([*report_timing(summary), describe(summary)]))  # before it is written, which can fail
+    output = results_folder(args.output, "realtime", args.checkpoint)
+    written = write_results(output, {**settings, **summary}, films, name="realtime")
     plot({**settings, **summary}, traces, output / "realtime.png")
-    print("\n".join([*report_timing(summary), describe(summary)]))
-    print(f"wrote {output}/summary.json, realtime.png" + (" and realtime.mp4" if films else ""))
+    print("wrote", *written, output / "realtime.png")
 
 
 if __name__ == "__main__":

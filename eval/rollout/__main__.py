@@ -3,16 +3,18 @@
 python -m eval.rollout --checkpoint RUN_OR_CHECKPOINT --episodes 50 --seed 100000 --output DIR
 """
 
+import contextlib
 import time
 from pathlib import Path
 
-import torch
-
 from eval.rollout.loop import describe, loop_options, rollout, write_results
 from eval.shared.command import Parser, command
+from eval.shared.folders import results_folder
+from eval.shared.machine import choose_device
 from eval.shared.run_config import add_allow_import, env_of
 from policy.checkpoint import load_policy
 from policy.denoiser.samplers import SAMPLERS
+from policy.registry import at_least
 
 
 @command
@@ -29,15 +31,15 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=None, help="denoising steps, default as trained")
     parser.add_argument("--precision", default="fp32", help="fp32 (default) or bf16")
     parser.add_argument("--action-steps", type=int, default=None, help="executed steps of a chunk, default as trained")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--output", type=Path, default=None, help="default: rollouts/NAME")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--output", type=Path, default=None, help="default: a new folder rollouts/NAME")
     add_allow_import(parser)
     args = parser.parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; allowed here: cpu")
+    at_least(0, **{"--seed": args.seed, "--videos": args.videos})
+    at_least(1, **{"--episodes": args.episodes})
     policy = load_policy(
         args.checkpoint,
-        args.device,
+        choose_device(args.device),
         sampler=args.sampler,
         num_inference_steps=args.steps,
         precision=args.precision,
@@ -46,27 +48,30 @@ def main(argv=None):
         policy.set_action_steps(args.action_steps)
     env = env_of(policy.config, allow_import=args.allow_import)
     loop = loop_options(policy, num_envs=args.num_envs, workers=args.workers, batch=args.batch)
+    output = results_folder(args.output, "rollouts", args.checkpoint)
     start = time.perf_counter()
-    summary, films = rollout(
-        policy,
-        env,
-        episodes=args.episodes,
-        seed=args.seed,
-        videos=args.videos,
-        **loop,
-    )
-    speed = sum(row["steps"] for row in summary["episodes"]) / (time.perf_counter() - start)
-    output = args.output or Path("rollouts") / Path(args.checkpoint).stem
-    settings = {
-        "checkpoint": str(args.checkpoint),
-        "sampler": policy.sampler,
-        "steps": policy.num_inference_steps,
-        "action_steps": policy.action_steps,
-        "precision": policy.precision,
-    }
-    write_results(output, {**settings, **summary}, films)
-    print(f"{describe(summary)}, {speed:.0f} environment steps/s")
-    print(f"wrote {output}/summary.json" + (f" and {output}/rollout.mp4" if films else ""))
+    try:
+        summary, films = rollout(
+            policy,
+            env,
+            episodes=args.episodes,
+            seed=args.seed,
+            videos=args.videos,
+            **loop,
+        )
+        speed = sum(row["steps"] for row in summary["episodes"]) / (time.perf_counter() - start)
+        print(f"{describe(summary)}, {speed:.0f} environment steps/s")  # before it is written, which can fail
+        settings = {
+            "checkpoint": str(args.checkpoint),
+            "sampler": policy.sampler,
+            "steps": policy.num_inference_steps,
+            "action_steps": policy.action_steps,
+            "precision": policy.precision,
+        }
+        print("wrote", *write_results(output, {**settings, **summary}, films))
+    finally:
+        with contextlib.suppress(OSError):
+            output.rmdir()  # only if it is empty
 
 
 if __name__ == "__main__":

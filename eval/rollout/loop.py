@@ -4,6 +4,7 @@ Protocol of Diffusion Policy (arXiv 2303.04137): test seeds from 100000; an epis
 """
 
 import json
+import sys
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from tqdm import tqdm
 from envs.shared.workers import open_slots
 from eval.rollout.video import write_grid
 from eval.shared.intervals import mean_interval, rate_interval
-from policy.registry import within
+from policy.files import whole, write_whole
+from policy.registry import at_least, within
 
 MOST_AT_ONCE = 10_000  # environments, processes and rows that a checkpoint may ask for
 
@@ -111,6 +113,12 @@ def rollout(
     return (*results, [{**report.row, "states": report.states} for report in finished]) if states else results
 
 
+def check_rollout(options):
+    """Raise ValueError for options of ``rollout`` that cannot be meant; 0 episodes are none at all."""
+    at_least(0, **{f"rollout.{key}": options[key] for key in ("episodes", "seed", "workers", "videos")})
+    at_least(1, **{f"rollout.{key}": options[key] for key in ("num_envs", "batch")})
+
+
 def summarize(rows):
     """{"score_mean", "score_ci95", "success_rate", "success_ci95", "episodes"} of per-episode rows."""
     scores, successes = [row["score"] for row in rows], sum(row["success"] for row in rows)
@@ -124,11 +132,21 @@ def summarize(rows):
 
 
 def write_results(output, summary, films, name="rollout"):
-    """Write summary.json and, when episodes were filmed, an mp4 into the folder ``output``."""
+    """Write summary.json and, when episodes were filmed, an mp4 into the folder ``output``; returns their paths.
+
+    A film that fails is a warning: it would cost the score that took longer.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    (output / "summary.json").write_text(json.dumps(summary, indent=1))
+    written = [output / "summary.json"]
+    write_whole(written[0], json.dumps(summary, indent=1))
     if films:
-        write_grid(output / f"{name}.mp4", films)
+        try:
+            with whole(output / f"{name}.mp4") as place:
+                write_grid(place, films)
+            written.append(output / f"{name}.mp4")
+        except Exception as error:  # whatever the encoder of films runs into
+            print(f"warning: film: not written to {output} ({type(error).__name__}: {error})", file=sys.stderr)
+    return written
 
 
 def loop_options(policy, **given):
