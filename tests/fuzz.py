@@ -33,10 +33,9 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 import zarr  # noqa: E402
 
-import train  # noqa: E402
 from eval.shared.command import command  # noqa: E402
 from eval.shared.compose import compose  # noqa: E402
-from policy.checkpoint import load_policy  # noqa: E402
+from policy.checkpoint import load_checkpoint, load_policy, save_checkpoint  # noqa: E402
 from policy.dataset.replay_buffer import ReplayBuffer  # noqa: E402
 from policy.dataset.robomimic.conversion import convert  # noqa: E402
 from policy.dataset.video.dataset import open_videos  # noqa: E402
@@ -71,7 +70,7 @@ def damage_bytes(rng, path):
     elif kind == "empty":
         content.clear()
     elif kind == "double":
-        content += content
+        content += bytes(content)
     path.write_bytes(content)
     return f"{path.name}: {kind} at {at} of {size}"
 
@@ -93,7 +92,7 @@ def damage_tree(rng, value):
         del node[key]
     elif new == "deep":
         node[key] = copy.deepcopy(VALUES[0])
-        for _ in range(2000):
+        for _ in range(500):
             node[key] = [node[key]]
     else:
         node[key] = copy.deepcopy(new)
@@ -105,6 +104,7 @@ def damage_array(rng, array):
     kind = rng.choice(["nan", "inf", "int", "half", "double", "shape", "zeros", "huge", "bool"])
     if kind in ("nan", "inf"):
         array = array.astype(np.float32)
+        array = np.array(array, copy=True)
         array.flat[rng.randrange(array.size)] = float(kind)
     elif kind == "shape":
         array = array.reshape(-1)[: max(array.size // 2, 1)]
@@ -123,23 +123,26 @@ def damage_array(rng, array):
 def checkpoint_case(rng, folder, seeds):
     path = folder / "policy.safetensors"
     shutil.copy(seeds / "policy.safetensors", path)
-    kind = rng.choice(["bytes", "config", "tensor"])
+    kind = rng.choice(["bytes", "header", "config", "tensor"])
     if kind == "bytes":
         done = damage_bytes(rng, path)
-    else:
+    elif kind == "header":
         content = path.read_bytes()
         (length,) = struct.unpack("<Q", content[:8])
-        header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
-        if kind == "config":
-            part = rng.choice(["config", "state"])
-            tree = json.loads(header["__metadata__"][part])
-            done = f"{part}.{damage_tree(rng, tree)}"
-            header["__metadata__"][part] = json.dumps(tree)
-        else:
-            name = rng.choice([name for name in header if name != "__metadata__"])
-            done = f"header of {name}: {damage_tree(rng, header[name])}"
+        header = json.loads(content[8 : 8 + length])
+        done = f"header: {damage_tree(rng, header)}"
         text = json.dumps(header).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    else:  # with digests that are right
+        tensors, config, state = load_checkpoint(path)
+        if kind == "config":
+            part = rng.choice([config, config, state])
+            done = f"{'state' if part is state else 'config'}: {damage_tree(rng, part)}"
+        else:
+            name = rng.choice(sorted(tensors))
+            values, done = damage_array(rng, tensors[name].numpy().copy())
+            tensors[name], done = torch.from_numpy(values), f"{name}: {done}"
+        save_checkpoint(path, tensors, config=config, state=state)
 
     def read():
         policy = load_policy(path)
@@ -379,7 +382,6 @@ def main():
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of cases")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train.WAIT = None or train.WAIT
     outcomes, accepted, failed = collections.Counter(), [], []
     with tempfile.TemporaryDirectory() as place:
         seeds = Path(place) / "seeds"

@@ -17,7 +17,7 @@ from eval.rollout import __main__ as rollout
 from eval.shared.command import command
 from eval.shared.compose import compose
 from eval.shared.help import KEY
-from eval.shared.overrides import CONFIG, known_values, readable, task_folders
+from eval.shared.overrides import CONFIG, LEFT_OUT, _plain, known_values, readable, task_folders
 
 
 def arguments(workplace, *overrides):
@@ -236,3 +236,11 @@ def test_what_hydra_reads_stays_as_it_is():
         "x=1",
     ]
     assert readable(given) == readable(given, sweeps=True) == given
+
+
+def test_every_key_has_a_known_type():
+    """Also those that all files leave at null; data sets and what fills itself in apart."""
+    known = known_values()
+    left_out = {key for key in known if all(value is None for value in _plain(key, known))}
+    others = {key for key in left_out if key.startswith(("hydra.", "task.datasets.", "task.env."))}
+    assert left_out - others == set(LEFT_OUT)

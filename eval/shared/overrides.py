@@ -1,6 +1,7 @@
 """Keys and values that the files of config/ know, and checks of what a command line changes."""
 
 import functools
+import re
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -10,6 +11,12 @@ from omegaconf import OmegaConf
 CONFIG = Path(__file__).parent.parent.parent / "config"
 ROOT = CONFIG.parent
 SHARED = ("attention", "base", "decoder", "denoiser", "encoder", "model", "preset", "scheduler", "task")
+
+LEFT_OUT = {  # a value of each key that every file leaves at null, or computes
+    **dict.fromkeys(("camera", "text", "source", "target", "output", "resume", "data.filter_key"), "text"),
+    **dict.fromkeys(("num_classes", "workers", "resize", "attention.num_chunks", "attention.conv_kernel"), 8),
+    "augment.color_jitter": 0.4,
+}
 
 
 def quoted(text):
@@ -52,14 +59,23 @@ def check_types(config):
     """
     known = known_values()
     for key, value in _named(OmegaConf.to_container(config, resolve=True)):
-        seen = [other for other in known.get(key, []) if not (isinstance(other, str) and "${" in other)]
-        if all(other is None for other in seen):  # nothing is known but that it may be left out
+        seen = [*_plain(key, known), *([LEFT_OUT[key]] if key in LEFT_OUT else [])]
+        if all(other is None for other in seen):  # a key of a data set, or a new one
             continue
         kinds = {_kind(other) for other in seen}
         if _kind(value) not in kinds and not (_kind(value) == "integer" and "number" in kinds):
             example = next(other for other in seen if other is not None)
             example = f"{key}.{next(iter(example))}=..." if isinstance(example, dict) else repr(example)
             raise ValueError(f"{key}: got {value!r}, allowed: {' or '.join(sorted(kinds))}, as in {example}")
+
+
+def _plain(key, known):
+    """Values that the files give ``key``, copies (${other.key}) replaced by those of what they copy."""
+    for value in known.get(key, []):
+        if not (isinstance(value, str) and "${" in value):
+            yield value
+        elif copied := re.fullmatch(r"\$\{([\w.]+)\}", value):
+            yield from _plain(copied[1], known)
 
 
 def _kind(value):
