@@ -333,7 +333,7 @@ def run_case(function, log, *, seconds=SECONDS):
     start = time.monotonic()
     process = os.fork()
     if process == 0:
-        _in_child(function, log)
+        in_child(function, log)
     status, usage = None, None
     while status is None:
         done, code, usage = os.wait4(process, os.WNOHANG)
@@ -358,7 +358,7 @@ def run_case(function, log, *, seconds=SECONDS):
     return outcome, text, time.monotonic() - start
 
 
-def _in_child(function, log):
+def in_child(function, log):
     """Run ``function`` as a command does, print to ``log``, end the process."""
     place = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(place, 1), os.dup2(place, 2)

@@ -30,4 +30,6 @@ def build_benchmark(config, run_dir, *, resume=False):
     kind, options = BENCHMARKS[config["model"]["name"]], config["training"]
     metrics = kind.metrics(config)
     options["score"] = choose("training.score", options["score"] or metrics[0], metrics)
+    if resume and config.get("encoder", {}).get("pretrained", False):
+        config["encoder"]["pretrained"] = False  # the checkpoint has the weights
     return kind(config, run_dir, resume=resume)

@@ -32,6 +32,8 @@ class PolicyBenchmark:
         }
         self.train_data, self.val_data = open_demonstrations(config, self.task)
         self.model.fit_normalizer(self.train_data)
+        if constant := self.model.normalizer.constant:
+            self.notes["constant"] = f"{', '.join(constant)}: never move, so they are only centred"
         self.fitted = {key: tensor.clone() for key, tensor in self.model.normalizer.state_dict().items()}
         rolls_out = config["rollout"]["episodes"] > 0
         if rolls_out or self.dagger["rounds"]:

@@ -77,7 +77,7 @@ class RunFolder:
         for file in sorted(self.checkpoints.glob("step=*.safetensors")):
             best = load_checkpoint(file, prefix="none")[2]
             # A run killed after its last checkpoint may have replaced some of the best ones since.
-            if best["step"] <= step:
+            if best["step"] <= step and "score" in best:
                 self.scores[file.name] = best["score"]
         metrics = self.path / "metrics.jsonl"
         if self.writes and metrics.exists():
