@@ -2,7 +2,7 @@
 
     python train.py --config-dir=config/TASK [--config-name=NAME] [key=value ...]
 
-    python train.py --config-dir=config/pusht                          a policy, about 15 minutes on two CPU cores
+    python train.py --config-dir=config/pusht                          a policy, 13 to 19 minutes on two CPU cores
     python train.py --config-dir=config/pusht preset=smoke             the same in a minute, to see everything run
     python train.py --config-dir=config/pusht --cfg job                every key with its value and what it means
     python train.py --config-dir=config/pusht --multirun seed=1,2,3    a sweep; python -m eval.report shows it
