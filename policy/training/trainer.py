@@ -266,7 +266,9 @@ class Trainer:
     def save(self):
         """Write checkpoints/last.safetensors: all that resuming needs."""
         self._check_finite()
-        self.folder.save_last(self.step, self._all_tensors, self._state())
+        # Losses that the next line of metrics is the mean of; those of the first process stand for all.
+        pending = [{key: value.item() for key, value in losses.items()} for losses in self._pending]
+        self.folder.save_last(self.step, self._all_tensors, {**self._state(), "pending": pending})
 
     def _state(self):
         """What resuming compares."""
@@ -298,6 +300,7 @@ class Trainer:
         load_state(self.optimizer.optimizer, self.named, part("optimizer."), path)
         self.folder.rewind(state["step"])
         self.step, self._lr = state["step"], state.get("lr", 0.0)
+        self._pending = [to_tensors(losses, self.accelerator.device) for losses in state.get("pending", [])]
         self._unseen = self._left_unseen()
         self.batches.close()
         return self._changes(state)

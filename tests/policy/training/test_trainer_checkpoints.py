@@ -220,12 +220,12 @@ def test_a_signal_ends_a_rollout_at_once(tmp_path, number):
             pytest.fail("still there")
         return judge(model, epoch)
 
-    start(tmp_path / "straight", evaluate=judge).fit()
-    run = start(tmp_path / "run", evaluate=stopped)
+    start(tmp_path / "straight", evaluate=judge, log_every=2).fit()
+    run = start(tmp_path / "run", evaluate=stopped, log_every=2)
     with pytest.raises(SystemExit) as stop:
         run.fit()
     assert stop.value.code == 128 + number and best(tmp_path / "run") == {3: 0.3}
-    again = start(tmp_path / "run", evaluate=judge, fresh=1)
+    again = start(tmp_path / "run", evaluate=judge, log_every=2, fresh=1)
     again.resume()
     assert again.step == 6
     again.fit()
