@@ -224,6 +224,10 @@ def test_another_task_of_robosuite_is_configuration_only(tmp_path):
     assert config["encoder"]["init"] == "none" and not config["encoder"]["freeze"]
     with pytest.raises(FileNotFoundError, match="policy.dataset.download square_ph"):
         locate_data(config["task"], tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="got 'expert'.*allowed: mh, ph or a path"
+    ):  # advice that would not help
+        locate_data({**config["task"], "data": "expert"}, tmp_path)
 
 
 @pytest.mark.parametrize("task", ["pusht", "lift_ph", "can_ph"])

@@ -65,7 +65,7 @@ def locate_data(task, cache_dir):
     An entry may name another to use ``otherwise``, where its source is not there; ``task["data"]`` is then that one.
     """
     name, datasets = task["data"], task["datasets"]
-    names = sorted(set(datasets) - {"path"})
+    names = sorted(name for name, entry in datasets.items() if entry is not None and name != "path")
     entry = dict(datasets[name]) if name in names else {**datasets["path"], "source": name}
     hint = entry.pop("hint", None)
     source = entry.get("source")
