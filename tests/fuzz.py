@@ -99,21 +99,17 @@ def damage_tree(rng, value):
     return f"{'.'.join(where)} = {str(new)[:40]}"
 
 
+CONVERSIONS = {"zeros": np.zeros_like, "huge": lambda array: array * 1e38, "shape": lambda array: array.ravel()[::2]}
+CONVERSIONS |= {kind: lambda array, kind=kind: array.astype(kind) for kind in ("int64", "float16", "float64", "bool")}
+
+
 def damage_array(rng, array):
     """(another array in the place of ``array``, what was done)."""
-    kind = rng.choice(["nan", "inf", "int", "half", "double", "shape", "zeros", "huge", "bool"])
-    if kind in ("nan", "inf"):
-        array = array.astype(np.float32)
-        array = np.array(array, copy=True)
-        array.flat[rng.randrange(array.size)] = float(kind)
-    elif kind == "shape":
-        array = array.reshape(-1)[: max(array.size // 2, 1)]
-    elif kind == "zeros":
-        array = np.zeros_like(array)
-    elif kind == "huge":
-        array = array.astype(np.float64) * 1e38
-    else:
-        array = array.astype({"int": np.int64, "half": np.float16, "double": np.float64, "bool": bool}[kind])
+    kind = rng.choice(["nan", "inf", *CONVERSIONS])
+    if kind in CONVERSIONS:
+        return CONVERSIONS[kind](array), kind
+    array = np.array(array, dtype=np.float32)
+    array.flat[rng.randrange(array.size)] = float(kind)
     return array, kind
 
 
@@ -263,7 +259,7 @@ def override_case(rng, folder, seeds):
     changes = [f"{rng.choice(keys)}={written(rng.choice(VALUES))}" for _ in range(rng.choice([1, 1, 2]))]
     place = [f"cache_dir={seeds}/cache", f"output={folder}/run"]
     if task == "pusht":
-        place.append(f"task.data={seeds}/demos/format2.zarr")
+        place.append(f"task.data={seeds}/demos.zarr")
     return f"{task} {' '.join(changes)[:200]}", lambda: until_training(task, *TASKS[task], *place, *changes)
 
 
@@ -311,12 +307,7 @@ def prepare(folder):
         root.create_array("data/action", data=rng.uniform(50, 450, (30, 2)).astype(np.float32))
         root.create_array("meta/episode_ends", data=np.array([9, 20, 30]))
     robomimic_files.make_hdf5(folder / "demos.hdf5", lengths=(4, 3))
-    (folder / "demos").mkdir()
-    root = zarr.open_group(str(folder / "demos" / "format2.zarr"), mode="w", zarr_format=2)
-    root.create_array("data/img", data=rng.integers(0, 256, (80, 96, 96, 3), dtype=np.uint8))
-    root.create_array("data/state", data=rng.uniform(50, 450, (80, 5)).astype(np.float32))
-    root.create_array("data/action", data=rng.uniform(50, 450, (80, 2)).astype(np.float32))
-    root.create_array("meta/episode_ends", data=np.arange(20, 81, 20))
+    tiny.write_demos(folder / "demos.zarr")
     for task, changes in TASKS.items():
         (folder / f"{task}.json").write_text(json.dumps(compose(task, changes)))
     small = ["model.dim=16", "model.depth=1", "model.num_heads=2", "context=16", "contexts=[0]", "stride=512"]

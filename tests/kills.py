@@ -22,9 +22,8 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import door  # noqa: E402
-import numpy as np  # noqa: E402
+import tiny  # noqa: E402
 import torch  # noqa: E402
-import zarr  # noqa: E402
 from fuzz import in_child  # noqa: E402
 
 from policy.checkpoint import load_checkpoint  # noqa: E402
@@ -48,16 +47,6 @@ SMALL = [
     "rollout.videos=1",
     "task.env.max_steps=24",
 ]
-
-
-def write_demos(path):
-    """Four short episodes with pictures."""
-    rng = np.random.default_rng(0)
-    root = zarr.open_group(str(path), mode="w", zarr_format=2)
-    root.create_array("data/img", data=rng.integers(0, 256, (80, 96, 96, 3), dtype=np.uint8))
-    root.create_array("data/state", data=rng.uniform(50, 450, (80, 5)).astype(np.float32))
-    root.create_array("data/action", data=rng.uniform(50, 450, (80, 2)).astype(np.float32))
-    root.create_array("meta/episode_ends", data=np.arange(20, 81, 20))
 
 
 def train(place, run, optimizer, *, resume=False, killed=None):
@@ -107,7 +96,7 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        write_demos(place / "demos.zarr")
+        tiny.write_demos(place / "demos.zarr")
         whole = {}
         for optimizer in OPTIMIZERS:
             start = time.monotonic()

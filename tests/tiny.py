@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import torch
+import zarr
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -159,3 +160,13 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.numel = max(self.numel, x.numel(), x.untyped_storage().nbytes() // x.element_size())
         return out
+
+
+def write_demos(path):
+    """A zarr of four episodes of 20 frames as of Push-T: random pictures, states and actions."""
+    rng = np.random.default_rng(0)
+    root = zarr.open_group(str(path), mode="w", zarr_format=2)
+    root.create_array("data/img", data=rng.integers(0, 256, (80, 96, 96, 3), dtype=np.uint8))
+    root.create_array("data/state", data=rng.uniform(50, 450, (80, 5)).astype(np.float32))
+    root.create_array("data/action", data=rng.uniform(50, 450, (80, 2)).astype(np.float32))
+    root.create_array("meta/episode_ends", data=np.arange(20, 81, 20))
