@@ -46,6 +46,7 @@ VALUES = (
     *(None, True, 0, -1, 1, 10**9, 10**30, 1e-300, 0.5, float("nan"), float("inf"), "", "text", "module:X", "../x"),
     *("é(,=", "${oc.env:HOME}", "${nope}", "???", [], [1, 2], {}, {"a": 1}, [[[[]]]], "null", "0x10", "a" * 5000),
 )
+WORDS = ["null" if value is None else str(value) for value in VALUES]
 FAILURES = ("traceback", "crash", "hang", "memory")
 
 
@@ -249,14 +250,10 @@ def leaves(section, prefix=""):
             yield from leaves(value, f"{prefix}{key}.")
 
 
-def written(value):
-    return {None: "null", True: "true"}.get(value, value) if isinstance(value, bool | None) else value
-
-
 def override_case(rng, folder, seeds):
     task = rng.choice(list(TASKS))
     keys = sorted(leaves(json.loads((seeds / f"{task}.json").read_text())))
-    changes = [f"{rng.choice(keys)}={written(rng.choice(VALUES))}" for _ in range(rng.choice([1, 1, 2]))]
+    changes = [f"{rng.choice(keys)}={rng.choice(WORDS)}" for _ in range(rng.choice([1, 1, 2]))]
     place = [f"cache_dir={seeds}/cache", f"output={folder}/run"]
     if task == "pusht":
         place.append(f"task.data={seeds}/demos.zarr")
@@ -266,7 +263,7 @@ def override_case(rng, folder, seeds):
 def resume_case(rng, folder, seeds):
     shutil.copytree(seeds / "run", folder / "run")
     keys = sorted(leaves(json.loads((seeds / "language.json").read_text())))
-    changes = [f"{rng.choice(keys)}={written(rng.choice(VALUES))}"]
+    changes = [f"{rng.choice(keys)}={rng.choice(WORDS)}"]
     return f"resume {changes[0][:200]}", lambda: until_training("language", f"resume={folder}/run", *changes)
 
 

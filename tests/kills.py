@@ -25,6 +25,7 @@ import door  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from fuzz import in_child  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from policy.checkpoint import load_checkpoint  # noqa: E402
 from policy.training.optim import OPTIMIZERS  # noqa: E402
@@ -103,6 +104,7 @@ def main():
             if train(place, place / optimizer, optimizer):
                 raise RuntimeError((place / "log").read_text())
             whole[optimizer] = contents(place / optimizer), time.monotonic() - start
+        bar = tqdm(total=args.count, unit="kill", dynamic_ncols=True)
         while kills < args.count:
             optimizer, run = rng.choice(OPTIMIZERS), place / "run"
             expected, seconds = whole[optimizer]
@@ -115,6 +117,7 @@ def main():
                 if code == 0:  # it was over before the signal
                     break
                 kills += 1
+                bar.update()
                 counts[signal.Signals(number).name] = counts.get(signal.Signals(number).name, 0) + 1
                 if code not in (-number, 128 + number):
                     faults.append(
