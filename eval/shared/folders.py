@@ -70,6 +70,8 @@ def _lock(folder):
             except BlockingIOError:
                 os.close(handle)
                 return None
+            except OSError:  # a disk without file locks: nobody can tell, and work goes on
+                return handle
             if folder.exists() and os.path.samestat(os.stat(folder), os.fstat(handle)):
                 return handle
             os.close(handle)

@@ -1,5 +1,6 @@
 """Folders of runs and results: nobody shares one, nothing is overwritten unsaid, failed starts leave none."""
 
+import errno
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 from paths import ROOT
 
+from eval.shared import folders
 from eval.shared.folders import own_folder, result_name, results_folder
 
 HOLD = """
@@ -36,6 +38,15 @@ def test_two_runs_of_one_second_have_a_folder_each(tmp_path, holder):
     with own_folder(tmp_path / "run") as folder:
         assert folder == tmp_path / "run_3"
     assert not folder.exists()
+
+
+def test_a_disk_without_file_locks_is_worked_on(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folders.fcntl, "flock", refuse)
+    with own_folder(tmp_path / "run") as folder:
+        assert folder == tmp_path / "run"
 
 
 @pytest.mark.parametrize("key", ["resume", "output"])
